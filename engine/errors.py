@@ -1,0 +1,157 @@
+"""Every exception that sdengine raises on purpose.
+
+SdengineError
+├── RequestError            a request that cannot be served as asked; exit status 2
+│   └── UnknownName         a name that is not in a list; the hint holds the nearest known ones
+├── CheckpointError         the model file cannot be used
+│   ├── NotACheckpoint      not a file of a known kind, or a truncated one
+│   ├── UnsafeCheckpoint    a pickle that asks for more than tensors; nothing of it was run
+│   ├── TensorMismatch      missing, unexpected or wrongly shaped tensors; all of them are listed
+│   ├── UnknownFact         a fact that the file does not hold and that an option must give
+│   └── BadConfig           a config beside the model that cannot be read or contradicts the model
+├── BundleError             the bundle on disk cannot be used
+│   ├── NotABundle          no manifest there
+│   ├── UnknownFormat       a format number that this version does not know
+│   ├── BadManifest         the manifest is not what docs/bundle-format.md describes
+│   ├── UnsafePath          a path that leaves the bundle's folder
+│   ├── MissingPart         a file or component that the manifest or the task needs is not there
+│   └── CorruptPart         a file whose size, header or hash is not the manifest's
+├── BackendError            an engine library cannot do what is asked
+│   ├── BackendUnavailable  it cannot run here: why, and the command that mends it
+│   ├── FeedMismatch        wrong names, dtypes or shapes handed to a session
+│   ├── SessionClosed       a session used after close
+│   └── ArtifactMismatch    a compiled engine made for another machine, library, model or shape
+├── ExportError             a checkpoint could not be turned into a bundle
+│   ├── MissingExtra        a package of an extra is not installed
+│   ├── TraceError          the traced graph is not what the component's spec says
+│   └── ParityFailure       a graph differs from its reference by more than its gate
+├── NumericsError           NaN or infinity in a result: component, step and cure are named
+└── StorageError            no space, no permission, a file where a folder should be
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class SdengineError(Exception):
+    """Base of all. `hint` says what to do next; `exit_code` is the CLI's status."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class RequestError(SdengineError):
+    exit_code = 2
+
+
+class UnknownName(RequestError):
+    """`kind` 'sampler', name 'dmpp', known the full list: the message names the nearest ones."""
+
+    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
+        names = sorted(known)
+        near = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.4)
+        self.name, self.near = name, near
+        hint = f"did you mean {' or '.join(repr(n) for n in near)}? " if near else ""
+        super().__init__(f"unknown {kind} {name!r}", hint=f"{hint}known: {', '.join(names)}")
+
+
+class CheckpointError(SdengineError):
+    pass
+
+
+class NotACheckpoint(CheckpointError):
+    pass
+
+
+class UnsafeCheckpoint(CheckpointError):
+    pass
+
+
+class TensorMismatch(CheckpointError):
+    pass
+
+
+class UnknownFact(CheckpointError):
+    pass
+
+
+class BadConfig(CheckpointError):
+    pass
+
+
+class BundleError(SdengineError):
+    pass
+
+
+class NotABundle(BundleError):
+    pass
+
+
+class UnknownFormat(BundleError):
+    pass
+
+
+class BadManifest(BundleError):
+    pass
+
+
+class UnsafePath(BundleError):
+    pass
+
+
+class MissingPart(BundleError):
+    pass
+
+
+class CorruptPart(BundleError):
+    pass
+
+
+class BackendError(SdengineError):
+    pass
+
+
+class BackendUnavailable(BackendError):
+    pass
+
+
+class FeedMismatch(BackendError):
+    pass
+
+
+class SessionClosed(BackendError):
+    pass
+
+
+class ArtifactMismatch(BackendError):
+    pass
+
+
+class ExportError(SdengineError):
+    pass
+
+
+class MissingExtra(ExportError):
+    pass
+
+
+class TraceError(ExportError):
+    pass
+
+
+class ParityFailure(ExportError):
+    pass
+
+
+class NumericsError(SdengineError):
+    pass
+
+
+class StorageError(SdengineError):
+    pass

@@ -1,0 +1,113 @@
+"""What a component is: its tensors, its graphs, and the shapes it is compiled for.
+
+These types are the common language of the bundle's reader, the backends and the engine. They hold
+facts only; nothing here opens a file or touches an engine library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
+
+Dim = int | str
+DType = Literal["float32", "int64"]
+Precision = Literal["f32", "bf16", "f16", "int8"]
+
+DTYPES: tuple[str, ...] = ("float32", "int64")
+PRECISIONS: tuple[str, ...] = ("f32", "bf16", "f16", "int8")
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One named tensor. A dimension is a number, or the name of one that is chosen later."""
+
+    name: str
+    dtype: DType
+    shape: tuple[Dim, ...]
+
+    def resolve(self, dims: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape in numbers; a name that `dims` lacks is a KeyError (our own mistake)."""
+        return tuple(dims[d] if isinstance(d, str) else d for d in self.shape)
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.dtype}[{', '.join(map(str, self.shape))}]"
+
+
+@dataclass(frozen=True)
+class ComponentSpec:
+    """The signature of a component, the same on every backend and in every precision."""
+
+    name: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    @property
+    def dims(self) -> tuple[str, ...]:
+        """Names of the dimensions that a Profile fixes, in order of first appearance."""
+        return named_dims(self.inputs)
+
+    def input(self, name: str) -> TensorSpec:
+        return next(t for t in self.inputs if t.name == name)
+
+
+def named_dims(tensors: Iterable[TensorSpec]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(d for t in tensors for d in t.shape if isinstance(d, str)))
+
+
+@dataclass(frozen=True)
+class Graph:
+    """One ONNX file of a component: `full`, `prologue`, later `shallow`.
+
+    A prologue computes, once per prompt, what the other graphs take as further inputs: tensors of
+    the same names appear in its `outputs` and in their `inputs`.
+    """
+
+    name: str
+    path: Path
+    sha256: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True)
+class Component:
+    """All that a backend needs to load one network.
+
+    config       the network's constructor arguments (for the torch backends)
+    weights      one safetensors file, canonical LDM names and layouts
+    key          content hash over weights and graphs: the cache key of compiled artefacts
+    """
+
+    spec: ComponentSpec
+    graphs: Mapping[str, Graph]
+    weights: Path
+    weights_sha256: str
+    config: Mapping[str, Any]
+    key: str
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The shapes and the precision to compile for.
+
+    dims        a number for each named dimension; a name that is absent stays dynamic
+    precision   of the arithmetic inside; inputs and outputs stay float32 and int64
+    threads     processor threads for this session; None lets the backend choose
+    """
+
+    dims: Mapping[str, int] = field(default_factory=dict)
+    precision: Precision = "f32"
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dims", MappingProxyType(dict(sorted(self.dims.items()))))
+
+    def __hash__(self) -> int:
+        return hash((tuple(self.dims.items()), self.precision, self.threads))
+
+    def label(self) -> str:
+        """`bf16 B2 h64 w64`: for messages and file names."""
+        return " ".join([self.precision, *(f"{k}{v}" for k, v in self.dims.items())])
