@@ -1,0 +1,64 @@
+"""The one loop: it executes any table and knows no solver."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from .ports import Array
+from .table import Row, Table
+
+Predict = Callable[[Array, Row], Array]
+
+
+class Step(NamedTuple):
+    """The state after one row.
+
+    x       the new latent [B, C, h, w]; the caller's to keep
+    before  the latent that the network was given
+    out     what the network answered (guided)
+    """
+
+    row: Row
+    x: Array
+    before: Array
+    out: Array
+
+
+def denoise(
+    table: Table, predict: Predict, x: Array, noise: Callable[[], Array] | None = None
+) -> Iterator[Step]:
+    """Run the table's rows from x, in x's dtype (float32; float64 for laws).
+
+    predict     (x, row) -> out, of x's shape
+    noise       draws unit noise of x's shape; called once for each row with n != 0, in order
+    yields      a Step after each row
+
+    The histories of x and of outputs are one matrix, a ring in each half, so a row is a product of
+    a weight vector with it. Slots not yet written hold zeros and have weight zero.
+    """
+    depth, dtype = table.depth, x.dtype
+    history = np.zeros((2 * depth, x.size), dtype)
+    weights = _rolled(table.weights(), depth).astype(dtype)
+    fresh = table.n.astype(dtype)
+    for row in table.rows():
+        slot = row.index % depth
+        out = predict(x, row)
+        history[slot] = x.ravel()
+        history[depth + slot] = out.ravel()
+        after = (weights[row.index] @ history).reshape(x.shape)
+        if fresh[row.index] != 0:
+            assert noise is not None, "this table needs noise"
+            after += fresh[row.index] * noise()
+        yield Step(row, after, x, out)
+        x = after
+
+
+def _rolled(weights: Array, depth: int) -> Array:
+    """Weights by ring slot, not by age: what has age k at row i lies in slot (i - k) % depth."""
+    ages = (np.arange(len(weights))[:, None] - np.arange(depth)) % depth  # slot s holds age (i - s)
+    return np.concatenate(
+        [np.take_along_axis(half, ages, axis=1) for half in np.split(weights, 2, axis=1)], axis=1
+    )

@@ -1,0 +1,132 @@
+"""Fixtures that more than one folder of tests uses."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+# The networks here are tiny: a second thread costs more than it brings, and thread pools of several
+# engines that spin on the same two cores are slower a hundredfold.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+ROOT = Path(__file__).parents[1]
+GOLDEN = [
+    *([Path(os.environ["SDENGINE_GOLDEN"])] if "SDENGINE_GOLDEN" in os.environ else []),
+    ROOT / "tests" / "golden" / "data",
+    ROOT.parent / "shared" / "spec" / "golden",
+]
+
+
+def golden_path(relative: str) -> Path:
+    """A file of the golden data. The large cases are not in the repository: in CI their absence is
+    a failure, elsewhere a skip with the reason."""
+    for root in GOLDEN:
+        if (root / relative).is_file():
+            return root / relative
+    message = f"golden file {relative} is in none of {', '.join(map(str, GOLDEN))}"
+    if os.environ.get("CI"):
+        pytest.fail(message)
+    pytest.skip(f"{message}; set SDENGINE_GOLDEN to the folder that holds cases/ and keys/")
+
+
+@functools.cache
+def _case(name: str):
+    case = json.loads(golden_path(f"cases/{name}.json").read_text())
+    if "tensors" not in case and "weights" not in case:
+        return case, {}
+    from safetensors.numpy import load_file
+
+    return case, load_file(golden_path(f"cases/{name}.safetensors"))
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """`golden(name) -> (case, arrays)`: a reference case of tests/golden/data or its full set."""
+    return _case
+
+
+@pytest.fixture(scope="session")
+def golden_file():
+    """`golden_file("keys/base.json") -> Path`."""
+    return golden_path
+
+
+@pytest.fixture(scope="session")
+def make_checkpoint(tmp_path_factory):
+    """`make_checkpoint(variant, scale="tiny", seed=11, dtype="fp16", suffix=".safetensors")`: Path
+    of a random checkpoint with the original names, and its sidecar yaml in LDM's layout."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+
+    @functools.cache
+    def make(variant="base", scale="tiny", seed=11, dtype="fp16", suffix=".safetensors") -> Path:
+        keys = f"keys/{variant}.tiny.json" if scale == "tiny" else f"keys/{variant}.json"
+        config = json.loads(golden_path(keys).read_text())["config"]
+        script = golden_path("make_checkpoint.py")
+        if not (script.parent / keys).is_file():
+            script = golden_path(keys).parents[1] / "make_checkpoint.py"
+        path = folder / f"{variant}-{scale}-{seed}-{dtype}{suffix}"
+        command = [sys.executable, script, "--variant", variant, "--out", path, "--quiet"]
+        options = ["--scale", scale, "--seed", str(seed), "--dtype", dtype]
+        subprocess.run([*command, *options], check=True)
+        path.with_suffix(".yaml").write_text(json.dumps(ldm_yaml(config)))  # JSON is YAML
+        return path
+
+    return make
+
+
+def ldm_yaml(config: dict) -> dict:
+    """The facts of a key list as the config file that lies beside an original checkpoint."""
+    vae = {k: v for k, v in config["vae"].items() if k not in ("embed_dim", "attn_type")}
+    params = {
+        "parameterization": config["prediction"],
+        "linear_start": config["linear_start"],
+        "linear_end": config["linear_end"],
+        "timesteps": config["timesteps"],
+        "scale_factor": config["scale_factor"],
+        "unet_config": {"params": config["unet"]},
+        "first_stage_config": {
+            "params": {"embed_dim": config["vae"]["embed_dim"], "ddconfig": vae}
+        },
+        "cond_stage_config": {"params": config["text"]},
+    }
+    return {"model": {"params": params}}
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(make_checkpoint, tmp_path_factory) -> Path:
+    """The tiny random eps model as a bundle with OpenVINO float32 and bfloat16 proved."""
+    from sdengine.export import export_bundle
+    from sdengine.export.checkpoint import open_checkpoint
+
+    out = tmp_path_factory.mktemp("bundles") / "tiny"
+    return export_bundle(open_checkpoint(make_checkpoint("base")), out)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(20261123)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """Compiled networks and exported bundles of the tests stay out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SDENGINE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def handmade():
+    """The module tests/handmade.py: a small network as graphs, and its answer in numpy."""
+    spec = importlib.util.spec_from_file_location("handmade", ROOT / "tests" / "handmade.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
