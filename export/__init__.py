@@ -1,0 +1,46 @@
+"""A checkpoint in, a bundle out. Needs the extra `export`; importing this imports no torch."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from ..engine.errors import MissingExtra
+
+if TYPE_CHECKING:
+    from .checkpoint import fingerprint, open_checkpoint
+    from .run import add_target, export_bundle
+
+__all__ = ["add_target", "export_bundle", "fingerprint", "open_checkpoint"]
+
+_HOMES = {
+    "add_target": "run",
+    "export_bundle": "run",
+    "fingerprint": "checkpoint",
+    "open_checkpoint": "checkpoint",
+}
+# import name -> distribution
+PACKAGES = {
+    "torch": "torch",
+    "onnx": "onnx",
+    "onnx_ir": "onnx-ir",
+    "safetensors": "safetensors",
+    "yaml": "pyyaml",
+}
+
+
+def require_extra() -> None:
+    """Raises MissingExtra when a package that exporting needs is not installed."""
+    if missing := [dist for name, dist in PACKAGES.items() if find_spec(name) is None]:
+        raise MissingExtra(
+            f"exporting needs {', '.join(missing)}, not installed here",
+            hint="pip install 'sdengine[export]'",
+        )
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    require_extra()
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
