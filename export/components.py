@@ -1,0 +1,130 @@
+"""The table of components: what each network takes and gives, and how it is built.
+
+checked by  tests/unit/test_export_components.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..engine.bundle import ModelFacts
+from ..engine.spec import ComponentSpec, TensorSpec
+from .modules.text import PREFIX as TEXT
+from .modules.text import TextConfig, TextEncoder
+from .modules.unet import PREFIX as UNET
+from .modules.unet import UNet, UNetConfig
+from .modules.vae import PREFIX as VAE
+from .modules.vae import VAEConfig, VAEDecoder, VAEEncoder
+
+Configs = Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One network of a model.
+
+    prefix      of its tensors' LDM names
+    config      constructor arguments, plain JSON
+    build       the module, on torch's current default device
+    multiples   dimension -> what its size is a multiple of
+    hoisted     inputs that stay the same for all steps of a run
+    """
+
+    spec: ComponentSpec
+    prefix: str
+    config: Mapping[str, Any]
+    build: Callable[[], nn.Module]
+    multiples: Mapping[str, int]
+    hoisted: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    def empty(self) -> nn.Module:
+        """The module without memory, to be traced or filled."""
+        with torch.device("meta"):
+            return self.build().eval().requires_grad_(False)
+
+    def tensor_names(self) -> list[str]:
+        """LDM names of all weights."""
+        return [self.prefix + name for name in self.empty().state_dict()]
+
+
+def parts(facts: ModelFacts, configs: Configs) -> tuple[Part, ...]:
+    """The networks of a model, in the order of the data: text, UNet, encoder, decoder."""
+    text = TextConfig.from_ldm(configs["text"])
+    unet = UNetConfig.from_ldm(configs["unet"])
+    vae = VAEConfig.from_ldm(configs["vae"])
+    side, latent = facts.latent.factor, facts.latent.channels
+    hidden = _floats("encoder_hidden_states", "B", text.context_length, unet.context_dim)
+    return (
+        Part(
+            ComponentSpec(
+                "text_encoder",
+                (TensorSpec("input_ids", "int64", ("B", text.context_length)),),
+                (_floats("last_hidden_state", "B", text.context_length, text.width),),
+            ),
+            TEXT,
+            text.to_dict(),
+            lambda: TextEncoder(text),
+            {},
+        ),
+        Part(
+            ComponentSpec(
+                "unet",
+                (
+                    _floats("sample", "B", unet.in_channels, "h", "w"),
+                    _floats("timestep", "B"),
+                    hidden,
+                    *_labels(unet),
+                ),
+                (_floats("out_sample", "B", unet.out_channels, "h", "w"),),
+            ),
+            UNET,
+            unet.to_dict(),
+            lambda: UNet(unet),
+            {"h": facts.latent.multiple, "w": facts.latent.multiple},
+            hoisted=("encoder_hidden_states",),
+        ),
+        Part(
+            ComponentSpec(
+                "vae_encoder",
+                (_floats("image", "B", vae.in_channels, "H", "W"),),
+                (_floats("moments", "B", 2 * vae.embed_dim, "h", "w"),),
+            ),
+            VAE,
+            vae.to_dict(),
+            lambda: VAEEncoder(vae),
+            {"H": side, "W": side},
+        ),
+        Part(
+            ComponentSpec(
+                "vae_decoder",
+                (_floats("latent", "B", latent, "h", "w"),),
+                (_floats("image", "B", vae.out_ch, "H", "W"),),
+            ),
+            VAE,
+            vae.to_dict(),
+            lambda: VAEDecoder(vae),
+            {},
+        ),
+    )
+
+
+def _floats(name: str, *shape: int | str) -> TensorSpec:
+    return TensorSpec(name, "float32", shape)
+
+
+def _labels(unet: UNetConfig) -> tuple[TensorSpec, ...]:
+    if unet.num_classes is None:
+        return ()
+    if unet.num_classes == "sequential":
+        assert unet.adm_in_channels is not None, "see UNetConfig.__post_init__"
+        return (_floats("class_labels", "B", unet.adm_in_channels),)
+    return (TensorSpec("class_labels", "int64", ("B",)),)

@@ -1,0 +1,225 @@
+"""Recorded runs: what each network takes and gives in a real, short run of the torch reference.
+
+A picture is made with DDIM in float32; the UNet's inputs are kept at an early, a middle and a late
+noise level, the decoder's at the end of the run, the encoder's from the decoded picture. Then each
+network runs once more at the model's native size. One network is in memory at a time.
+
+checked by  tests/parity/test_record.py
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..engine.bundle import ModelFacts
+from ..engine.ports import Array
+from ..engine.spec import ComponentSpec
+from .components import Part
+from .weights_file import read_weights
+
+STEPS = 6
+GUIDANCE = 7.5
+SMALL_SIDE = 256  # pixels; a model of a smaller native size runs at that
+LEVELS = {0: "early", STEPS // 2: "middle", STEPS - 1: "late"}
+NATIVE = "native"
+PROMPTS = ("", "a photograph of an astronaut riding a horse")
+
+Feeds = dict[str, Array]
+Report = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Inputs of one network, and what torch makes of them in float32.
+
+    name        `early`, `middle`, `late`, `prompts`, `picture`; `native` at the model's own size
+    """
+
+    name: str
+    feeds: Mapping[str, Array]
+    outputs: Mapping[str, Array]
+
+    def dims(self, spec: ComponentSpec) -> dict[str, int]:
+        """Sizes of the component's named dimensions in this case."""
+        return {
+            d: size
+            for t in spec.inputs
+            for d, size in zip(t.shape, self.feeds[t.name].shape, strict=True)
+            if isinstance(d, str)
+        }
+
+
+Recording = Mapping[str, Sequence[Case]]
+
+
+def record(
+    parts: Sequence[Part],
+    weights: Mapping[str, Path],
+    facts: ModelFacts,
+    ids: Array,
+    report: Report,
+) -> dict[str, list[Case]]:
+    """component -> its cases, small ones first.
+
+    weights     component -> its safetensors file
+    ids         int64 [2, length]: the tokens of PROMPTS
+    report      called with what is being done and the share that is done, 0..1
+    """
+    by_name = {p.name: p for p in parts}
+    small, native = latent_sides(facts, SMALL_SIDE), latent_sides(facts, None)
+    text_part, unet_part = by_name["text_encoder"], by_name["unet"]
+    decoder, encoder = by_name["vae_decoder"], by_name["vae_encoder"]
+
+    report("reference: text encoder", 0.0)
+    with loaded(text_part, weights["text_encoder"]) as network:
+        text = [run(text_part, network, "prompts", {"input_ids": ids})]
+    with loaded(unet_part, weights["unet"]) as network:
+        hidden = text[0].outputs["last_hidden_state"]
+        steps, latents = _sample(unet_part, network, facts, hidden, report)
+    report("reference: decoder", 0.75)
+    sizes = {"picture": latents}
+    if native != small:
+        sizes[NATIVE] = _resized(latents[1:], native)
+    with loaded(decoder, weights["vae_decoder"]) as network:
+        decoded = [run(decoder, network, n, {"latent": z}) for n, z in sizes.items()]
+    report("reference: encoder", 0.9)
+    with loaded(encoder, weights["vae_encoder"]) as network:
+        pictures = {c.name: np.clip(c.outputs["image"], -1, 1) for c in decoded}
+        encoded = [run(encoder, network, n, {"image": x}) for n, x in pictures.items()]
+    return {
+        "text_encoder": text,
+        "unet": steps,
+        "vae_encoder": encoded,
+        "vae_decoder": decoded,
+    }
+
+
+def latent_sides(facts: ModelFacts, limit: int | None) -> tuple[int, int]:
+    """Height and width of the latent of a picture at native size, or of `limit` pixels at most."""
+    height, width = (s if limit is None else min(s, limit) for s in facts.native_size)
+    return height // facts.latent.factor, width // facts.latent.factor
+
+
+@contextmanager
+def loaded(part: Part, file: Path) -> Iterator[nn.Module]:
+    """The network with its weights in float32; its memory is given back afterwards."""
+    module = part.empty().to_empty(device="cpu")
+    prefix = len(part.prefix)
+    weights = {name[prefix:]: tensor.float() for name, tensor in read_weights(file)}
+    module.load_state_dict(weights, assign=True)
+    del weights
+    try:
+        yield module
+    finally:
+        module.to("meta")
+        free_memory()
+
+
+def free_memory() -> None:
+    """Give freed memory back to the system: glibc keeps it otherwise."""
+    gc.collect()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+
+
+def run(part: Part, network: nn.Module, name: str, feeds: Feeds) -> Case:
+    """One pass of a network with one output."""
+    with torch.inference_mode():
+        result: Tensor = network(**{k: torch.from_numpy(v) for k, v in feeds.items()})
+    return Case(name, feeds, {part.spec.outputs[0].name: result.numpy()})
+
+
+def _sample(
+    part: Part, network: nn.Module, facts: ModelFacts, hidden: Array, report: Report
+) -> tuple[list[Case], Array]:
+    """UNet cases, and two latents for the decoder: the middle step's guess and the last one.
+
+    source      DDIM with eta = 0: Song et al. 2020, arXiv:2010.02502, equation 12
+    """
+    s = facts.schedule
+    # float64: the whole table in double precision, as the runtime computes it
+    betas = np.linspace(s.beta_start**0.5, s.beta_end**0.5, s.timesteps) ** 2
+    alphas_bar = np.cumprod(1 - betas)
+    times = np.linspace(s.timesteps - 1, s.timesteps // STEPS, STEPS).round().astype(int)
+    random = np.random.default_rng(0)
+    further = _further_inputs(part, facts, random)
+    x = _normal(random, (1, facts.latent.channels, *latent_sides(facts, SMALL_SIDE)))
+    cases, guesses = [], []
+    for i, t in enumerate(times):
+        report(f"reference: UNet, step {i + 1} of {STEPS}", 0.05 + 0.55 * i / STEPS)
+        case = run(part, network, LEVELS.get(i, ""), further(x, float(t), hidden))
+        without, towards = case.outputs["out_sample"][:, : x.shape[1]].astype(np.float64)
+        out = (without + GUIDANCE * (towards - without))[None]
+        alpha, sigma = alphas_bar[t] ** 0.5, (1 - alphas_bar[t]) ** 0.5
+        v = facts.prediction == "v"
+        x0 = alpha * x - sigma * out if v else (x - sigma * out) / alpha
+        eps = alpha * out + sigma * x if v else out
+        after = alphas_bar[times[i + 1]] if i + 1 < STEPS else 1.0
+        x = (after**0.5 * x0 + (1 - after) ** 0.5 * eps).astype(np.float32)
+        if case.name:
+            cases.append(case)
+            guesses.append(x0)
+    if (sides := latent_sides(facts, None)) != x.shape[2:]:
+        report("reference: UNet at native size", 0.6)
+        native = _normal(random, (1, facts.latent.channels, *sides))
+        cases.append(run(part, network, NATIVE, further(native, s.timesteps / 2, hidden)))
+    latents = np.concatenate([guesses[1], x]) / facts.latent.scale
+    return cases, latents.astype(np.float32)
+
+
+def _further_inputs(
+    part: Part, facts: ModelFacts, random: np.random.Generator
+) -> Callable[[Array, float, Array], Feeds]:
+    """A function that puts together all inputs of the UNet, for both halves of the guidance.
+
+    What a variant takes beside the latent is drawn once and stays: conditions of deviation 1 as
+    further channels, a class in the middle of its range, a class vector of deviation 1.
+    """
+    spec = part.spec
+    channels = spec.input("sample").shape[1]
+    assert isinstance(channels, int), "the number of channels is fixed"
+    extra = channels - facts.latent.channels
+    labels: Feeds = {}
+    if (label := next((t for t in spec.inputs if t.name == "class_labels"), None)) is not None:
+        if label.dtype == "int64":
+            middle = part.config["num_classes"] // 2
+            labels["class_labels"] = np.full(2, middle, np.int64)
+        else:
+            labels["class_labels"] = _normal(random, label.resolve({"B": 2}))
+    conditions: dict[tuple[int, ...], Array] = {}
+
+    def feeds(x: Array, t: float, hidden: Array) -> Feeds:
+        sides = x.shape[2:]
+        if sides not in conditions:
+            conditions[sides] = _normal(random, (1, extra, *sides))
+        sample = np.concatenate([x, conditions[sides]], axis=1)
+        return {
+            "sample": np.repeat(sample, 2, axis=0),
+            "timestep": np.full(2, t, np.float32),
+            "encoder_hidden_states": hidden,
+            **labels,
+        }
+
+    return feeds
+
+
+def _normal(random: np.random.Generator, shape: tuple[int, ...]) -> Array:
+    return random.standard_normal(shape, np.float32)
+
+
+def _resized(latent: Array, sides: tuple[int, int]) -> Array:
+    x: Tensor = F.interpolate(torch.from_numpy(latent), sides, mode="bilinear")
+    return x.numpy()
