@@ -1,0 +1,152 @@
+"""Networks with known answers, without an engine library: for laws and tests of the engine.
+
+text_encoder   a vector per row that depends on all of its ids
+unet           the exact denoiser for one picture: every right sampler, from any noise and in any
+               number of steps, ends at `picture(text)`; or, where `noise` is given, the network
+               for which x stays on the line alpha c + sigma e
+vae_decoder    the first three channels, squashed by tanh, every value a square of pixels
+vae_encoder    its inverse
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+import numpy as np
+
+from ..engine.errors import BackendError
+from ..engine.ports import Array, Probe
+from ..engine.spec import Component, Graph, Profile
+from .base import GraphBackend, Run
+
+FACTOR = 8
+CERTAIN = -30.0  # log-variance: the reference clamps there
+
+
+class Fake(GraphBackend):
+    """calls       component -> how often it ran
+    prediction  what the UNet gives: eps or v
+    image       float [C, h, w]: the picture, whatever the text; None: `picture(text)`
+    noise       float [C, h, w]: the noise that the UNet sees, whatever x is; None: what x holds
+    betas       first, last and number of the training betas, linear in their roots
+    """
+
+    name = "fake"
+    whole = True
+
+    def __init__(
+        self,
+        prediction: Literal["eps", "v"] = "eps",
+        image: Array | None = None,
+        noise: Array | None = None,
+        betas: tuple[float, float, int] = (0.00085, 0.012, 1000),
+    ) -> None:
+        self.calls: Counter[str] = Counter()
+        self._prediction, self._image, self._noise = prediction, image, noise
+        first, last, count = betas
+        squared = np.linspace(first**0.5, last**0.5, count) ** 2
+        self._log_alphas = 0.5 * np.cumsum(np.log1p(-squared))
+
+    def probe(self) -> Probe:
+        return Probe(True, "known answers, for tests", precisions=("f32", "bf16"))
+
+    def compile(self, component: Component, graph: Graph, profile: Profile) -> FakeNetwork:
+        answers: dict[str, Callable[[Mapping[str, Array], Graph], Array]] = {
+            "text_encoder": _text,
+            "unet": self._unet,
+            "vae_encoder": _encode,
+            "vae_decoder": _decode,
+        }
+        name = component.spec.name
+        if name not in answers:
+            raise BackendError(
+                f"fake has no answers for {name!r}", hint=f"it has {', '.join(answers)}"
+            )
+        return FakeNetwork(name, graph, answers[name], self.calls)
+
+    def _unet(self, feeds: Mapping[str, Array], graph: Graph) -> Array:
+        x = feeds["sample"][:, : _channels(graph)].astype(np.float64)
+        log_alpha = np.interp(
+            feeds["timestep"], np.arange(len(self._log_alphas)), self._log_alphas
+        )[:, None, None, None]
+        alpha, sigma = np.exp(log_alpha), np.sqrt(-np.expm1(2 * log_alpha))
+        text = feeds["encoder_hidden_states"]
+        c = picture(text, x.shape[1:]) if self._image is None else self._image
+        e = (x - alpha * c) / sigma if self._noise is None else self._noise
+        out = e if self._prediction == "eps" else alpha * e - sigma * c
+        return np.broadcast_to(out, x.shape)
+
+
+class FakeNetwork:
+    """One function of named arrays."""
+
+    def __init__(
+        self,
+        name: str,
+        graph: Graph,
+        answer: Callable[[Mapping[str, Array], Graph], Array],
+        calls: Counter[str],
+    ) -> None:
+        self._name, self._graph, self._answer, self._calls = name, graph, answer, calls
+
+    def open(self, held: Mapping[str, Array]) -> Run:
+        fixed = dict(held)
+
+        def run(feeds: Mapping[str, Array]) -> dict[str, Array]:
+            self._calls[self._name] += 1
+            (output,) = self._graph.outputs
+            out = self._answer(fixed | dict(feeds), self._graph)
+            return {output.name: np.array(out, dtype=output.dtype)}
+
+        return run
+
+    def close(self) -> None:
+        pass
+
+
+def picture(text: Array, shape: tuple[int, ...]) -> Array:
+    """The latents that a text [B, T, W] stands for: float64 [B, C, h, w], -1..1.
+
+    Each channel leans its own way, so that swapped axes and flipped pictures show.
+    """
+    channels, height, width = shape
+    colour = np.tanh(text[:, 0, np.arange(channels) % text.shape[2]])[:, :, None, None]
+    y = np.linspace(-0.25, 0.25, height)[:, None]
+    x = np.linspace(-0.125, 0.125, width)
+    return np.asarray(0.6 * colour.astype(np.float64) + y + x)
+
+
+def _text(feeds: Mapping[str, Array], graph: Graph) -> Array:
+    ids = feeds["input_ids"]
+    width = _channels(graph, axis=2)
+    rows = []
+    for row in ids:
+        seed = hashlib.sha256(np.ascontiguousarray(row, dtype="<i8").tobytes()).digest()[:8]
+        random = np.random.default_rng(int.from_bytes(seed, "little"))
+        rows.append(random.standard_normal((len(row), width)))
+    return np.stack(rows)
+
+
+def _decode(feeds: Mapping[str, Array], graph: Graph) -> Array:
+    colours = np.tanh(feeds["latent"][:, :3])
+    return colours.repeat(FACTOR, axis=2).repeat(FACTOR, axis=3)
+
+
+def _encode(feeds: Mapping[str, Array], graph: Graph) -> Array:
+    image = feeds["image"]
+    batch, channels, height, width = image.shape
+    squares = image.reshape(batch, channels, height // FACTOR, FACTOR, width // FACTOR, FACTOR)
+    mean = np.arctanh(squares.mean(axis=(3, 5)).clip(-0.999, 0.999))
+    half = _channels(graph) // 2
+    mean = np.concatenate([mean, np.zeros_like(mean[:, : half - channels])], axis=1)
+    return np.concatenate([mean, np.full_like(mean, CERTAIN)], axis=1)
+
+
+def _channels(graph: Graph, axis: int = 1) -> int:
+    (output,) = graph.outputs
+    size = output.shape[axis]
+    assert isinstance(size, int), f"axis {axis} of {output} is not fixed"
+    return size
