@@ -1,0 +1,150 @@
+"""The composition root: the one runtime module that knows both the engine and the backends."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from time import perf_counter
+
+from . import __version__, backends
+from .engine.bundle import MANIFEST, Bundle, open_bundle
+from .engine.errors import BackendUnavailable, MissingPart, NotABundle, RequestError, UnknownName
+from .engine.paths import cache_dir
+from .engine.pipeline import Pipeline
+from .engine.ports import Backend, Probe, Session
+from .engine.spec import PRECISIONS, Precision, Profile
+
+log = logging.getLogger("sdengine")
+
+EMBEDDED = {"emoji": Path(__file__).parent / "models" / "emoji"}
+KEPT_SHAPES = 4  # compiled shapes of one network that stay loaded
+
+Progress = Callable[[str, float], None]
+
+
+def load(
+    model: str | Path = "emoji",
+    *,
+    backend: str = "auto",
+    precision: Precision | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Pipeline:
+    """A pipeline, ready for requests.
+
+    model       an embedded model's name, a bundle folder, a checkpoint file or a diffusers folder;
+                the latter two are exported once into the cache
+    backend     a name of backends.NAMES, or "auto": the fastest that can run here
+    precision   None takes the fastest that the backend has here and the bundle has proved
+    threads     processor threads; None leaves it to the backend
+    progress    called with (what, fraction done) while a checkpoint is exported
+    raises      BundleError, BackendError, CheckpointError, ExportError, RequestError
+    """
+    bundle = open_bundle(find_model(model, progress))
+    chosen, probe, why = backends.choose(None if backend == "auto" else backend)
+    precision = choose_precision(bundle, chosen.name, probe, precision)
+    log.info("backend %s, precision %s: %s", chosen.name, precision, why)
+    sessions = EngineSessions(bundle, chosen, precision, threads)
+    about = {"version": __version__, "backend": chosen.name, "precision": precision}
+    return Pipeline(bundle, sessions, about)
+
+
+def find_model(model: str | Path, progress: Progress | None = None) -> Path:
+    """The folder of a bundle for what the user named. Raises NotABundle, UnknownName."""
+    if str(model) in EMBEDDED:
+        return EMBEDDED[str(model)]
+    path = Path(model)
+    if (path / MANIFEST).is_file():
+        return path
+    if path.is_file() or (path / "model_index.json").is_file():
+        return export_once(path, progress)
+    if path.exists():
+        raise NotABundle(
+            f"{path} is a folder without {MANIFEST} or model_index.json",
+            hint="name a bundle (`sdengine export CHECKPOINT --out FOLDER` makes one),"
+            " a diffusers folder, or a .safetensors or .ckpt file",
+        )
+    if len(path.parts) == 1 and not path.suffix:
+        raise UnknownName("model", str(model), EMBEDDED)
+    raise NotABundle(
+        f"there is no {path}",
+        hint=f"name a bundle, a checkpoint or one of: {', '.join(EMBEDDED)}",
+    )
+
+
+def export_once(checkpoint: Path, progress: Progress | None) -> Path:
+    """The cached bundle of a checkpoint, exported now if its content was never seen before."""
+    from .export import export_bundle  # torch: only where a checkpoint is turned into a bundle
+    from .export.checkpoint import fingerprint, open_checkpoint
+
+    home = cache_dir() / "bundles" / fingerprint(checkpoint)[:32]
+    if not (home / MANIFEST).is_file():
+        log.info("exporting %s once, into %s", checkpoint, home)
+        home.parent.mkdir(parents=True, exist_ok=True)
+        export_bundle(open_checkpoint(checkpoint), home, progress=progress)
+    return home
+
+
+def choose_precision(
+    bundle: Bundle, backend: str, probe: Probe, asked: Precision | None
+) -> Precision:
+    """The asked precision if it can be had and was proved, else the fastest such; f32 always is.
+
+    raises      RequestError, BackendUnavailable
+    """
+    proved = bundle.targets[backend].precisions if backend in bundle.targets else ()
+    usable = [p for p in probe.precisions if p == "f32" or p in proved]
+    if asked is None:
+        return usable[0]
+    if asked in usable:
+        return asked
+    if asked not in PRECISIONS:
+        raise UnknownName("precision", asked, PRECISIONS)
+    if asked not in probe.precisions:
+        raise BackendUnavailable(
+            f"{backend} cannot compute in {asked} on this machine",
+            hint=f"use one of: {', '.join(usable)}",
+        )
+    raise RequestError(
+        f"{bundle.path.name} was not proved in {asked} on {backend}; it has {', '.join(usable)}",
+        hint=f"prove it: sdengine export {bundle.path} --target {backend} --precision {asked}",
+    )
+
+
+class EngineSessions:
+    """The networks of a bundle on one backend: compiled when first asked for, the last few kept."""
+
+    def __init__(
+        self, bundle: Bundle, backend: Backend, precision: Precision, threads: int | None
+    ) -> None:
+        self._bundle, self._backend = bundle, backend
+        self._precision, self._threads = precision, threads
+        self._open: OrderedDict[tuple[str, Profile], Session] = OrderedDict()
+
+    def __call__(self, component: str, dims: Mapping[str, int]) -> Session:
+        if component not in self._bundle.components:
+            raise MissingPart(
+                f"{self._bundle.path.name} has no component {component!r}",
+                hint=f"it has {', '.join(self._bundle.components)}; export the checkpoint again",
+            )
+        profile = Profile(dims, self._precision, self._threads)
+        key = (component, profile)
+        if key not in self._open:
+            self._make_room(component)
+            start = perf_counter()
+            self._open[key] = self._backend.load(self._bundle.components[component], profile)
+            took = perf_counter() - start
+            log.info("loaded %s for %s in %.1f s", component, profile.label(), took)
+        self._open.move_to_end(key)
+        return self._open[key]
+
+    def _make_room(self, component: str) -> None:
+        held = [key for key in self._open if key[0] == component]
+        if len(held) >= KEPT_SHAPES:
+            self._open.pop(held[0]).close()
+
+    def close(self) -> None:
+        while self._open:
+            self._open.popitem()[1].close()

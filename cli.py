@@ -1,0 +1,415 @@
+"""The command line: parses, calls, prints. stdout is data, everything else goes to stderr."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from . import __version__
+from .engine.errors import NotABundle, SdengineError, UnknownName
+
+# called with (what, done, in all); the first call of another `what` begins a new bar
+Report = Callable[[str, float, float], None]
+
+INTERRUPTED = 130  # as a shell reports a process that SIGINT ended
+
+app = typer.Typer(
+    name="sdengine",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,  # rich alone takes longer to import than --help may take
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """The console script."""
+    app(prog_name="sdengine")
+
+
+class Careful(TyperCommand):
+    """A command whose every failure is one message on stderr and an exit status."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except typer.Exit:
+            raise
+        except SdengineError as error:
+            _say(f"error: {error.message}\n\nhint: {error.hint}")
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            _say("interrupted")
+            raise typer.Exit(INTERRUPTED) from None
+        except BrokenPipeError:
+            # the reader has gone; what Python flushes when it ends must not fail once more
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(1) from None
+        except Exception as error:
+            if ctx.find_root().params["debug"]:
+                traceback.print_exc()
+            name = type(error).__name__
+            _say(
+                f"error: unexpected {name}: {error}\n\n"
+                f"hint: report this; `sdengine --debug {ctx.info_name} ...` shows where it happened"
+            )
+            raise typer.Exit(1) from None
+
+
+class RunCommand(Careful):
+    """Its help names the defaults and the choices, which only the engine knows."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        from .backends import NAMES
+        from .engine.request import Request
+        from .engine.schedule import SCHEDULES
+        from .engine.solvers import SOLVERS
+        from .engine.spec import PRECISIONS
+
+        defaults = Request().to_dict()
+        choices: dict[str, Iterable[str]] = {
+            "sampler": SOLVERS,
+            "schedule": SCHEDULES,
+            "precision": PRECISIONS,
+            "backend": ("auto", *NAMES),
+        }
+        for option in self.params:
+            name = str(option.name)
+            notes = [", ".join(choices[name])] if name in choices else []
+            if defaults.get(name) not in (None, ""):
+                notes.append(f"default {defaults[name]}")
+            if notes:
+                option.help = f"{option.help} [{'; '.join(notes)}]"  # type: ignore[attr-defined]
+        super().format_help(ctx, formatter)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"sdengine {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def top(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show where an unexpected error happened.")
+    ] = False,
+) -> None:
+    """Stable Diffusion 2 as engines: export a checkpoint, then run it fast and correctly."""
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no timings.")]
+
+
+@app.command(cls=RunCommand)
+def run(
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="What to show.")] = None,
+    negative_prompt: Annotated[
+        str | None, typer.Option("--negative-prompt", "-n", help="What to keep away from.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            help="An embedded model's name, a bundle, a checkpoint file or a diffusers folder; "
+            "without it, the embedded model.",
+        ),
+    ] = None,
+    out: Annotated[
+        str | None,
+        typer.Option(
+            "--out",
+            "-o",
+            help="A picture file (.png, .jpg, .webp), or a folder, where names are made from "
+            "prompt and seed; without it, the current folder.",
+        ),
+    ] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels; without it, the model's own.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels; without it, the model's own.")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", "-s", help="Levels of noise.")] = None,
+    guidance: Annotated[
+        float | None, typer.Option("--guidance", "-g", help="How closely to follow the prompt.")
+    ] = None,
+    sampler: Annotated[str | None, typer.Option(help="The solver.")] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help="Spacing of the levels; without it, the sampler's own.")
+    ] = None,
+    eta: Annotated[
+        float | None, typer.Option(help="Fresh noise in each step, 0 to 1, for some samplers.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of the first picture; without it, one is drawn.")
+    ] = None,
+    count: Annotated[int | None, typer.Option("--count", "-c", help="How many pictures.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Pictures in one network call.")] = None,
+    backend: Annotated[
+        str | None, typer.Option("--backend", "-b", help="The engine; without it, the fastest.")
+    ] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="Of the arithmetic; without it, the fastest proved one.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="Processor threads.")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Make pictures of a prompt; print their paths."""
+    asked = _given(
+        prompt=prompt,
+        negative_prompt=negative_prompt,
+        width=width,
+        height=height,
+        steps=steps,
+        guidance=guidance,
+        sampler=sampler,
+        schedule=schedule,
+        eta=eta,
+        seed=seed,
+        count=count,
+        batch_size=batch_size,
+    )
+    how = _given(model=model, backend=backend, precision=precision, threads=threads)
+    from .engine.describe import timing_line
+    from .engine.outputs import Output
+    from .engine.request import Progress, Request
+
+    request, output = Request(**asked), Output.parse(out)
+    output.check()
+    from . import api
+
+    paths: list[Path] = []
+    with _progress(quiet) as report:
+
+        def on_step(at: Progress) -> None:
+            report(f"picture {at.picture + 1} of {at.pictures}", at.step, at.steps)
+
+        with api.load(**how, progress=lambda what, done: report(what, done, 1.0)) as pipe:
+            for result in pipe.stream(request, on_step=on_step):
+                for picture in result.pictures[len(paths) :]:
+                    paths.append(output.save(picture, request.count))
+                    if not as_json:
+                        _print_path(paths[-1])
+    for warning in result.warnings:
+        _say(f"warning: {warning}")
+    if not quiet:
+        _say(timing_line(result.timings, pipe.about))
+    if as_json:
+        _print_json(
+            {
+                "pictures": [
+                    {"path": str(path), "seed": picture.request.seed}
+                    for path, picture in zip(paths, result.pictures, strict=True)
+                ],
+                "request": result.request.to_dict(),
+                "about": pipe.about,
+                "timings": vars(result.timings),
+                "warnings": result.warnings,
+            }
+        )
+
+
+@app.command(cls=Careful)
+def export(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A .ckpt or .safetensors file, a diffusers folder or a bundle.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The bundle's folder.")],
+    target: Annotated[
+        list[str] | None, typer.Option("--target", "-t", help="An engine to prove it on; repeat.")
+    ] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="Precisions to prove, with commas between: bf16,f32.")
+    ] = None,
+    prediction: Annotated[
+        str | None, typer.Option(help="eps or v: what the network predicts.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="The yaml file or scheduler config of the checkpoint.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="What to call the model.")] = None,
+    licence: Annotated[str | None, typer.Option(help="Of the weights.")] = None,
+    ema: Annotated[bool | None, typer.Option("--ema/--no-ema", help="Which weights.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace what is at --out.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Turn a checkpoint into a bundle; print the bundle's path."""
+    from .export import export_bundle, open_checkpoint
+
+    precisions = None if precision is None else precision.split(",")
+    how = _given(prediction=prediction, config=config, ema=ema)
+    what = _given(targets=target, precisions=precisions, name=name, licence=licence)
+    with _progress(quiet) as report:
+        found = open_checkpoint(
+            checkpoint, **how, progress=lambda done, total: report("reading", done, total)
+        )
+        bundle = export_bundle(
+            found, out, **what, force=force, progress=lambda at, done: report(at, done, 1.0)
+        )
+    if as_json:
+        _print_json(_bundle_facts(bundle))
+    else:
+        _print_path(bundle)
+
+
+@app.command(cls=Careful)
+def inspect(
+    what: Annotated[str, typer.Argument(help="A bundle, an embedded model's name, or a picture.")],
+    verify: Annotated[bool, typer.Option("--verify", help="Compute every hash again.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show what is in a bundle, or what a picture says of its making."""
+    path = _named(what)
+    if path.is_file():
+        _inspect_picture(path, as_json)
+        return
+    from .engine.bundle import open_bundle
+    from .engine.describe import bundle_facts, bundle_lines
+
+    bundle = open_bundle(path, verify=verify)
+    if as_json:
+        _print_json({**bundle_facts(bundle), "verified": verify})
+    else:
+        typer.echo("\n".join(bundle_lines(bundle, verified=verify)))
+
+
+@app.command(cls=Careful)
+def doctor(as_json: Json = False) -> None:
+    """What this machine can run; for the rest: why not, and the command that mends it."""
+    from .backends.doctor import examine, lines
+
+    found = examine()
+    if as_json:
+        _print_json(found)
+    else:
+        typer.echo("\n".join(lines(found)))
+    if found["auto"] is None:
+        raise typer.Exit(1)
+
+
+def _inspect_picture(path: Path, as_json: bool) -> None:
+    from .engine.metadata import read_metadata
+
+    found = read_metadata(path)
+    if as_json:
+        _print_json({"path": str(path), **vars(found)})
+        return
+    typer.echo(
+        found.parameters if found.parameters else "this picture does not say how it was made"
+    )
+    if found.request is not None:
+        typer.echo(json.dumps({"request": found.request, "about": found.about}, indent=2))
+
+
+def _named(what: str) -> Path:
+    from .api import EMBEDDED
+
+    path = Path(what)
+    if what in EMBEDDED and not path.exists():
+        return EMBEDDED[what]
+    if not path.exists() and path.name == what and not path.suffix:
+        raise UnknownName("model", what, EMBEDDED)
+    if not path.exists():
+        raise NotABundle(f"there is no {path}", hint="name a bundle's folder, or a picture file")
+    return path
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """Options that the user gave; for the others the called function's own defaults hold."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _bundle_facts(path: Path) -> dict[str, Any]:
+    from .engine.bundle import open_bundle
+    from .engine.describe import bundle_facts
+
+    return bundle_facts(open_bundle(path))
+
+
+def _print_path(path: Path) -> None:
+    """The name's own bytes: a file name need not be text."""
+    typer.echo(os.fsencode(path))
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, allow_nan=False))
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
+
+
+class _ToStderr(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        _say(record.getMessage())
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Report]:
+    """Bars on a terminal; elsewhere one line for each new `what`; our log's lines in both."""
+    log = logging.getLogger("sdengine")
+    handler = _ToStderr()
+    log.addHandler(handler)
+    log.setLevel(logging.WARNING if quiet else logging.INFO)
+    try:
+        if quiet:
+            yield lambda what, done, total: None
+        elif sys.stderr.isatty():
+            with _bars() as report:
+                yield report
+        else:
+            yield _one_line_each()
+    finally:
+        log.removeHandler(handler)
+
+
+def _one_line_each() -> Report:
+    seen: set[str] = set()
+
+    def report(what: str, done: float, total: float) -> None:
+        if what not in seen:
+            seen.add(what)
+            _say(what)
+
+    return report
+
+
+@contextmanager
+def _bars() -> Iterator[Report]:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"))
+    with Progress(
+        *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)
+    ) as bars:
+        tasks: dict[str, Any] = {}
+
+        def report(what: str, done: float, total: float) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done)
+
+        yield report
