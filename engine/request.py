@@ -55,8 +55,8 @@ class Request:
                 )
         for name, low, high in _WHOLE:
             _check_whole(name, getattr(self, name), low, high)
-        for name, low, high in _REAL:
-            _check_real(name, getattr(self, name), low, high)
+        for name, least, most in _REAL:
+            _check_real(name, getattr(self, name), least, most)
         if self.seed is not None and self.seed + self.count > SEED_END:
             raise RequestError(
                 f"seed {self.seed} and {self.count} pictures reach past seed {SEED_END - 1}",
