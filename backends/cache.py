@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..engine.errors import RequestError
+from ..engine.errors import RequestError, StorageError
 from ..engine.paths import cache_dir
 
 log = logging.getLogger("sdengine.backends")
@@ -75,6 +75,18 @@ class Entry:
     @property
     def data(self) -> Path:
         return self.folder / "data"
+
+
+def open_store() -> Store | None:
+    """The user's own; None, with the reason in the log, where there is no place for one.
+
+    raises  RequestError: $SDENGINE_CACHE_MAX_GB is not a size
+    """
+    try:
+        return Store()
+    except StorageError as error:
+        log.warning("compiled networks are not kept: %s; %s", error.message, error.hint)
+        return None
 
 
 class Store:

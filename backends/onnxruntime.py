@@ -42,6 +42,7 @@ class OnnxRuntime(GraphBackend):
             return Probe(False, "the package onnxruntime is not installed", mend)
         except Exception as error:
             return Probe(False, f"onnxruntime cannot be imported: {first_line(error)}", mend)
+        onnxruntime.disable_telemetry_events()
         reason = f"ONNX Runtime {onnxruntime.__version__} on CPU, {machine.threads()} threads"
         return Probe(True, reason, precisions=("f32",), speed=20)
 

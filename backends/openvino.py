@@ -23,7 +23,7 @@ from ..engine.ports import Array, Probe
 from ..engine.spec import Component, Graph, Precision, Profile
 from . import machine
 from .base import GraphBackend, Run, agree, first_line
-from .cache import Key, Store
+from .cache import Key, Store, open_store
 
 log = logging.getLogger("sdengine.backends")
 
@@ -75,7 +75,7 @@ class OpenVINO(GraphBackend):
         return library().Core()
 
     def compile(self, component: Component, graph: Graph, profile: Profile) -> OpenVINOGraph:
-        store = Store() if self._store is None else self._store
+        store = open_store() if self._store is None else self._store
         threads = machine.threads() if profile.threads is None else profile.threads
         config = {
             "PERFORMANCE_HINT": "LATENCY",
@@ -98,14 +98,16 @@ class OpenVINO(GraphBackend):
             "processor": machine.processor(),
             "threads": str(threads),
         }
-        compiled = self._from_store(store, what, made, graph, config)
-        if compiled is not None:
-            return compiled
+        if store is not None:
+            compiled = self._from_store(store, what, made, graph, config)
+            if compiled is not None:
+                return compiled
         model = self._core.read_model(graph.path)
         agree(component, graph, *(_names(ports) for ports in (model.inputs, model.outputs)))
         model.reshape({t.name: _partial(t.shape, profile.dims) for t in graph.inputs})
         compiled = self._core.compile_model(model, DEVICE, config)
-        store.keep(what, made, lambda file: _export(compiled, file))
+        if store is not None:
+            store.keep(what, made, lambda file: _export(compiled, file))
         return OpenVINOGraph(graph, compiled, None)
 
     def _from_store(

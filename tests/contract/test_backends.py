@@ -411,3 +411,24 @@ def test_two_sessions_of_one_component_are_apart(backend, components):
     (found,) = two(feeds).values()
     np.testing.assert_array_equal(found, wanted)
     two.close()
+
+
+def test_a_second_load_gives_the_same_numbers(backend, components, tmp_path, monkeypatch):
+    """Whatever the backend keeps on the machine between two loads, and however it is spoiled."""
+    monkeypatch.setenv("SDENGINE_CACHE", str(tmp_path))
+    dims = sizes("vae_decoder")
+    feeds = inputs(components["vae_decoder"], dims)
+
+    def once():
+        session = backend.load(components["vae_decoder"], Profile(dims))
+        (result,) = session(feeds).values()
+        session.close()
+        return result
+
+    first = once()
+    np.testing.assert_array_equal(once(), first)
+    for kept in (p for p in tmp_path.rglob("*") if p.is_file()):
+        data = bytearray(kept.read_bytes())
+        data[len(data) // 2] ^= 0xFF
+        kept.write_bytes(data)
+    np.testing.assert_array_equal(once(), first)

@@ -87,6 +87,7 @@ FEEDS = {
 }
 ANSWER = np.array([[5.0] * 3, [10.0] * 3], np.float32)
 REST = {k: v for k, v in FEEDS.items() if k != "text"}
+REST_X = {k: v for k, v in FEEDS.items() if k != "x"}
 
 
 @pytest.mark.parametrize("graphs", [DOUBLE, PLAIN], ids=["prologue", "plain"])
@@ -120,6 +121,15 @@ def test_a_backend_that_takes_networks_whole_sees_no_prologue():
     session = backend.load(component(), Profile())
     assert backend.compiled == ["full"]
     np.testing.assert_array_equal(session.bind({"text": FEEDS["text"]})(REST)["y"], ANSWER)
+
+
+def test_a_backend_sees_contiguous_memory_only():
+    """`Part` asserts it: engines that take a pointer would read the numbers in another order."""
+    session = Numpy().load(component(), Profile())
+    turned = np.asfortranarray(np.arange(6, dtype=np.float32).reshape(2, 3))
+    wanted = session({**FEEDS, "x": np.ascontiguousarray(turned)})["y"]
+    np.testing.assert_array_equal(session({**FEEDS, "x": turned})["y"], wanted)
+    np.testing.assert_array_equal(session.bind({"x": turned})(REST_X)["y"], wanted)
 
 
 def test_views_do_not_share_what_they_hold():

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from sdengine.backends.cache import Store, default_limit
+from sdengine.backends.cache import Store, default_limit, open_store
 from sdengine.engine.errors import RequestError
 
 WHAT = {"backend": "openvino", "component": "unet", "precision": "bf16", "shapes": "B=2, h=64"}
@@ -239,3 +239,17 @@ def test_a_bad_cap(text, monkeypatch):
 def test_the_root_comes_from_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("SDENGINE_CACHE", str(tmp_path / "here"))
     assert Store().root == tmp_path / "here" / "compiled"
+
+
+def test_no_place_for_a_cache_is_said_and_no_error(monkeypatch, caplog):
+    """As in a container whose user has no home."""
+    for name in ("SDENGINE_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    assert open_store() is None
+    assert "compiled networks are not kept: " in caplog.text
+    assert "set SDENGINE_CACHE" in caplog.text

@@ -165,6 +165,12 @@ def test_a_cache_that_cannot_be_written_does_not_stop_a_run(
     np.testing.assert_allclose(session(feeds)["out_sample"], handmade.answer(feeds), atol=2e-6)
 
 
+def test_no_place_for_a_cache_does_not_stop_a_run(unet, feeds, handmade, monkeypatch):
+    monkeypatch.setattr("sdengine.backends.openvino.open_store", lambda: None)
+    session = OpenVINO().load(unet, Profile(DIMS))
+    np.testing.assert_allclose(session(feeds)["out_sample"], handmade.answer(feeds), atol=2e-6)
+
+
 def test_a_disk_that_fills_while_a_blob_is_written(unet, store, feeds, handmade, caplog):
     """The library's stream swallows the error: what it wrote must not be taken for whole."""
     import resource
