@@ -18,7 +18,7 @@ from typer.core import TyperCommand
 from . import __version__
 from .engine.errors import NotABundle, SdengineError, UnknownName
 
-# called with (what, done, in all); the first call of another `what` begins a new bar
+# called with (what is being done, how much of it is done, how much there is)
 Report = Callable[[str, float, float], None]
 
 INTERRUPTED = 130  # as a shell reports a process that SIGINT ended
@@ -362,7 +362,7 @@ class _ToStderr(logging.Handler):
 
 @contextmanager
 def _progress(quiet: bool) -> Iterator[Report]:
-    """Bars on a terminal; elsewhere one line for each new `what`; our log's lines in both."""
+    """A bar on a terminal; elsewhere one line for each new `what`; our log's lines in both."""
     log = logging.getLogger("sdengine")
     handler = _ToStderr()
     log.addHandler(handler)
@@ -405,11 +405,9 @@ def _bars() -> Iterator[Report]:
     with Progress(
         *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)
     ) as bars:
-        tasks: dict[str, Any] = {}
+        bar = bars.add_task("", total=None)
 
         def report(what: str, done: float, total: float) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total)
-            bars.update(tasks[what], completed=done)
+            bars.update(bar, description=what, completed=done, total=total)
 
         yield report

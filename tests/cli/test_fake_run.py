@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+INTERRUPTIBLE = [sys.executable, str(Path(__file__).with_name("interruptible.py"))]
 SDENGINE = [sys.executable, "-c", "from sdengine.cli import main; main()"]
 LONG = "fox " * 2500
 
@@ -79,7 +80,7 @@ def test_a_seed_is_a_picture(command: list[str], tmp_path: Path) -> None:
 
 def test_control_c_in_the_middle_of_a_run(command: list[str], tmp_path: Path) -> None:
     process = subprocess.Popen(
-        [*command, "-p", "fox", "--seed", "7", "--count", "10000"],
+        [*INTERRUPTIBLE, *command, "-p", "fox", "--seed", "7", "--count", "10000"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         cwd=tmp_path,

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+INTERRUPTIBLE = [sys.executable, str(Path(__file__).with_name("interruptible.py"))]
 STUB = [sys.executable, str(Path(__file__).with_name("stub.py"))]
 SDENGINE = [sys.executable, "-c", "from sdengine.cli import main; main()"]
 HEAVY = (
@@ -95,7 +96,8 @@ def test_the_status_of_a_failure(
 
 def test_control_c_ends_it_cleanly(tmp_path: Path) -> None:
     """The finished picture stays, nothing half-written does."""
-    command = [*STUB, "slow", "run", "--prompt", "fox", "--seed", "7", "--count", "3"]
+    slow = [*STUB, "slow", "run", "--prompt", "fox", "--seed", "7", "--count", "3"]
+    command = [*INTERRUPTIBLE, *slow]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path
     )
