@@ -33,6 +33,7 @@ from sdengine.export.modules.vae import (
 
 CONFIG = VAEConfig(ch=32, ch_mult=(1, 1, 2, 4), num_res_blocks=2)
 KL = 2e-3
+OFF = 0.25  # of the latents' deviation, at most
 log = logging.getLogger("vae")
 
 
@@ -173,7 +174,11 @@ def main() -> None:
         with torch.autocast(device.type, torch.bfloat16):
             mean, logvar = encoder(image).float().chunk(2, 1)
             logvar = logvar.clamp(-30, 20)
-            out = decoder(mean + torch.exp(0.5 * logvar) * torch.randn_like(mean))
+            spread = torch.exp(0.5 * logvar)
+            if args.decoder_only:  # latents as a UNet draws them: a little off
+                off = OFF * torch.rand(len(mean), 1, 1, 1, device=device)
+                spread = torch.hypot(spread, off * mean.std())
+            out = decoder(mean + spread * torch.randn_like(mean))
         kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
         loss = distance(out.float(), image) + KL * kl
         loss.backward()
