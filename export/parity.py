@@ -146,11 +146,12 @@ def _verdict(
 def _failure(verdict: Verdict, folder: Path) -> ParityFailure:
     r = verdict.record
     what = verdict.fault if verdict.fault else f"max abs {r.max_abs:.3g}, PSNR {r.psnr_db} dB"
+    other = "" if r.precision == "f32" else "; `--precision f32` exports without " + r.precision
     return ParityFailure(
         f"{r.component} on {r.runtime} in {r.precision}, case {r.case}, output {r.output}: {what}; "
         f"required: {r.gate}. Nothing was saved",
         hint=f"repeat it with `python -m sdengine.export.repro {folder}`; that folder holds the "
-        "inputs, both outputs and the graph",
+        f"inputs, both outputs and the graph{other}",
     )
 
 

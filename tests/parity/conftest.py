@@ -11,7 +11,7 @@ UNET = {
     "in_channels": 4,
     "out_channels": 4,
     "model_channels": 32,
-    "attention_resolutions": [2, 1],
+    "attention_resolutions": [1],
     "num_res_blocks": 1,
     "channel_mult": [1, 2],
     "num_head_channels": 16,
@@ -95,11 +95,33 @@ def mini(mini_file):
 
 
 @pytest.fixture(scope="session")
-def mini_bundle(mini, tmp_path_factory) -> Path:
-    """The checkpoint as a bundle, proved on OpenVINO in float32 and, where it can, bfloat16."""
-    from sdengine.export import export_bundle
+def exported(mini, tmp_path_factory):
+    """(the bundle, component name -> its model right after tracing), of one whole export."""
+    from sdengine.export import export_bundle, graphs
 
-    return export_bundle(mini, tmp_path_factory.mktemp("bundles") / "mini")
+    models = {}
+    trace = graphs.trace
+
+    def spy(module, spec, **options):
+        models[spec.name] = trace(module, spec, **options)
+        return models[spec.name]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(graphs, "trace", spy)
+        bundle = export_bundle(mini, tmp_path_factory.mktemp("bundles") / "mini")
+    return bundle, models
+
+
+@pytest.fixture(scope="session")
+def mini_bundle(exported) -> Path:
+    """The checkpoint as a bundle, proved on OpenVINO in float32 and, where it can, bfloat16."""
+    return exported[0]
+
+
+@pytest.fixture(scope="session")
+def traced(exported):
+    """component name -> the traced model; weights are inputs. Do not change them."""
+    return exported[1]
 
 
 @pytest.fixture(scope="session")
@@ -108,14 +130,3 @@ def mini_parts(mini):
     from sdengine.export.components import parts
 
     return {p.name: p for p in parts(mini.facts, mini.configs)}
-
-
-@pytest.fixture(scope="session")
-def traced(mini_parts):
-    """component name -> the traced model; weights are inputs. Do not change them."""
-    from sdengine.export.trace import trace
-
-    return {
-        name: trace(p.empty(), p.spec, prefix=p.prefix, multiples=p.multiples)
-        for name, p in mini_parts.items()
-    }

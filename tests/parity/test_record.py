@@ -72,7 +72,7 @@ def test_the_run_is_ddim(mini, mini_parts, weights, ids, prediction):
     cases = recorded(mini, weights, ids, prediction=prediction)
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     bar = torch.cumprod(1 - betas, 0)
-    times = [int(round(t)) for t in np.linspace(999, 1000 // STEPS, STEPS)]
+    times = [round(t) for t in np.linspace(999, 1000 // STEPS, STEPS)]
     hidden = torch.from_numpy(cases["text_encoder"]["prompts"].outputs["last_hidden_state"])
     x = torch.from_numpy(cases["unet"]["early"].feeds["sample"][:1]).double()
     with loaded(mini_parts["unet"], weights["unet"]) as unet, torch.no_grad():
