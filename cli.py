@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperCommand
 
 from . import __version__
-from .engine.errors import NotABundle, SdengineError, UnknownName
+from .engine.errors import NotABundle, RequestError, SdengineError, UnknownName
 
 # called with (what is being done, how much of it is done, how much there is)
 Report = Callable[[str, float, float], None]
@@ -228,7 +228,10 @@ def export(
     checkpoint: Annotated[
         Path, typer.Argument(help="A .ckpt or .safetensors file, a diffusers folder or a bundle.")
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The bundle's folder.")],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="The bundle's folder; for a bundle, itself by default."),
+    ] = None,
     target: Annotated[
         list[str] | None, typer.Option("--target", "-t", help="An engine to prove it on; repeat.")
     ] = None,
@@ -249,6 +252,14 @@ def export(
     quiet: Quiet = False,
 ) -> None:
     """Turn a checkpoint into a bundle; print the bundle's path."""
+    from .engine.bundle import MANIFEST
+
+    if out is None and not (checkpoint / MANIFEST).is_file():
+        raise RequestError(
+            f"where should the bundle of {checkpoint} go?",
+            hint=f"name a folder: sdengine export {checkpoint} --out {checkpoint.stem}",
+        )
+    place = checkpoint if out is None else out
     from .export import export_bundle, open_checkpoint
 
     precisions = None if precision is None else precision.split(",")
@@ -259,7 +270,7 @@ def export(
             checkpoint, **how, progress=lambda done, total: report("reading", done, total)
         )
         bundle = export_bundle(
-            found, out, **what, force=force, progress=lambda at, done: report(at, done, 1.0)
+            found, place, **what, force=force, progress=lambda at, done: report(at, done, 1.0)
         )
     if as_json:
         _print_json(_bundle_facts(bundle))

@@ -98,6 +98,7 @@ def judge(
     """
     records: list[ParityRecord] = []
     for dims, group in _by_dims(component, cases):
+        free_memory()  # what tracing, or the run before, has left: the next network may need it all
         session = backend.load(component, Profile(dims, precision))
         try:
             for case in group:
@@ -113,7 +114,7 @@ def judge(
                         raise _failure(v, folder)
         finally:
             session.close()
-            free_memory()
+    free_memory()
     return records
 
 

@@ -401,6 +401,20 @@ def test_every_option_reaches_the_exporter(exporter: dict[str, Any]) -> None:
     }
 
 
+def test_a_bundle_is_exported_into_itself(exporter: dict[str, Any], bundle: Path) -> None:
+    result = run("export", str(bundle), "--target", "onnxruntime")
+    assert result.exit_code == 0, result.stderr
+    assert exporter["export"] == ("opened", bundle, {"targets": ["onnxruntime"], "force": False})
+
+
+def test_a_checkpoint_needs_a_place(exporter: dict[str, Any]) -> None:
+    result = run("export", "model/sd21.safetensors")
+    assert result.exit_code == 2
+    assert "hint: name a folder" in result.stderr
+    assert "--out sd21" in result.stderr
+    assert exporter == {}
+
+
 # doctor
 
 
