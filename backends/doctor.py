@@ -25,7 +25,6 @@ PACKAGES = (
     "Pillow",
     "typer",
     "rich",
-    "tokenizers",
     "ftfy",
     "openvino",
     "onnxruntime",

@@ -110,6 +110,7 @@ class Pipeline:
         self, request: Request | None = None, /, *, on_step: OnStep | None = None, **fields: Any
     ) -> Iterator[Result]:
         """As a call, but yields the same, growing Result after each batch of pictures."""
+        txt2img.check(self.facts)
         asked = _request(request, fields)
         result = Result(asked.completed(self.facts.native_size))
         return self._batches(result, on_step)

@@ -83,11 +83,12 @@ class Request:
     def completed(self, native_size: tuple[int, int]) -> Request:
         """Nothing left open: the model's size, the sampler's schedule, a drawn seed."""
         height, width = native_size
+        own = solvers.find(self.sampler).schedule
         return replace(
             self,
             width=width if self.width is None else self.width,
             height=height if self.height is None else self.height,
-            schedule=self.schedule or solvers.find(self.sampler).schedule,
+            schedule=own if self.schedule is None else self.schedule,
             seed=secrets.randbelow(SEED_END - self.count) if self.seed is None else self.seed,
         )
 

@@ -6,9 +6,21 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ..bundle import ModelFacts
+from ..errors import RequestError
 from ..noise import NoiseStream
 from ..ports import Array
 from ..table import Table
+
+
+def check(facts: ModelFacts) -> None:
+    """Raises RequestError when the model wants more than noise and text."""
+    if facts.variant != "base":
+        raise RequestError(
+            f"{facts.name} is a model of variant {facts.variant!r}, which needs more than a prompt",
+            hint="text to picture runs bundles of variant 'base' (eps or v); `sdengine inspect`"
+            " shows a bundle's variant",
+        )
 
 
 def start(table: Table, streams: Sequence[NoiseStream], shape: tuple[int, int, int]) -> Array:

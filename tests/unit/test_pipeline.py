@@ -149,6 +149,15 @@ def test_nan_stops_the_run_and_names_the_step(bundle):
     assert "--precision f32" in caught.value.hint
 
 
+def test_a_model_of_another_task_is_refused_by_name(bundle, fake):
+    facts = replace(bundle.facts, variant="inpainting")
+    pipe = Pipeline(replace(bundle, facts=facts), api.EngineSessions(bundle, fake, "f32", None), {})
+    with pytest.raises(RequestError, match="variant 'inpainting'") as caught:
+        pipe(prompt="x")
+    assert "'base'" in caught.value.hint
+    assert not fake.calls
+
+
 def test_a_request_and_keywords_are_refused(pipe):
     with pytest.raises(RequestError, match="both a Request and steps"):
         pipe(Request("x"), steps=3)
