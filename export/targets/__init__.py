@@ -26,11 +26,16 @@ class Recipe:
     build: Callable[[Path, Mapping[str, Component]], tuple[Path, ...]]
 
 
+def nothing(folder: Path, components: Mapping[str, Component]) -> tuple[Path, ...]:
+    """The `build` of an engine that reads the portable graphs and weights where they are."""
+    return ()
+
+
 def get(name: str) -> Recipe:
     """Raises UnknownName."""
-    from . import onnxruntime, openvino
+    from . import onnxruntime, openvino, torch
 
-    known = {r.name: r for r in (openvino.RECIPE, onnxruntime.RECIPE)}
+    known = {r.name: r for r in (openvino.RECIPE, onnxruntime.RECIPE, torch.RECIPE)}
     if name not in known:
         raise UnknownName("target", name, known)
     return known[name]

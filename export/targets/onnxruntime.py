@@ -2,16 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
-
 from ...backends.onnxruntime import OnnxRuntime
-from ...engine.spec import Component
-from . import Recipe
+from . import Recipe, nothing
 
-
-def _build(folder: Path, components: Mapping[str, Component]) -> tuple[Path, ...]:
-    return ()
-
-
-RECIPE = Recipe("onnxruntime", ("f32",), OnnxRuntime, _build)
+RECIPE = Recipe("onnxruntime", ("f32",), OnnxRuntime, nothing)

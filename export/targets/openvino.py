@@ -6,17 +6,8 @@ shape is kept in that machine's cache (backends/cache.py), not in the bundle.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
-
 from ...backends.cache import Store
 from ...backends.openvino import OpenVINO
-from ...engine.spec import Component
-from . import Recipe
+from . import Recipe, nothing
 
-
-def _build(folder: Path, components: Mapping[str, Component]) -> tuple[Path, ...]:
-    return ()
-
-
-RECIPE = Recipe("openvino", ("f32", "bf16"), lambda: OpenVINO(Store(limit=0)), _build)
+RECIPE = Recipe("openvino", ("f32", "bf16"), lambda: OpenVINO(Store(limit=0)), nothing)
