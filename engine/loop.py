@@ -11,6 +11,7 @@ from .ports import Array
 from .table import Row, Table
 
 Predict = Callable[[Array, Row], Array]
+Settle = Callable[[Array, Row], Array]
 
 
 class Step(NamedTuple):
@@ -28,12 +29,17 @@ class Step(NamedTuple):
 
 
 def denoise(
-    table: Table, predict: Predict, x: Array, noise: Callable[[], Array] | None = None
+    table: Table,
+    predict: Predict,
+    x: Array,
+    noise: Callable[[], Array] | None = None,
+    settle: Settle | None = None,
 ) -> Iterator[Step]:
     """Run the table's rows from x, in x's dtype (float32; float64 for laws).
 
     predict     (x, row) -> out, of x's shape
     noise       draws unit noise of x's shape; called once for each row with n != 0, in order
+    settle      (x, row) -> x: has the last word on the x after a row (inpainting by blending)
     yields      a Step after each row
 
     The histories of x and of outputs are one matrix, a ring in each half, so a row is a product of
@@ -52,6 +58,8 @@ def denoise(
         if fresh[row.index] != 0:
             assert noise is not None, "this table needs noise"
             after += fresh[row.index] * noise()
+        if settle is not None:
+            after = settle(after, row)
         yield Step(row, after, x, out)
         x = after
 

@@ -7,7 +7,7 @@ Schedule lists the levels that the network is called at, and the one where the r
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,6 +61,7 @@ class Schedule:
     alphas      float64 [N+1]
     sigmas      float64 [N+1]; the last may be 0
     start_noise how much unit noise the first x holds: 1 as the reference does, or sigmas[0]
+    start_scale how much of a picture's latent it holds: 0 where a run begins with noise alone
     """
 
     name: str
@@ -68,6 +69,7 @@ class Schedule:
     alphas: Doubles
     sigmas: Doubles
     start_noise: float
+    start_scale: float = 0.0
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -77,6 +79,25 @@ class Schedule:
         """log(alpha / sigma) [N+1]; infinite where sigma is 0."""
         with np.errstate(divide="ignore"):
             return np.log(self.alphas) - np.log(self.sigmas)
+
+    def tail(self, calls: int, *, above: bool = False) -> Schedule:
+        """The last `calls` of its network calls, begun from a picture and noise: img2img.
+
+        calls   1..N
+        above   noise the picture one level higher than the first call is told, as the reference
+                does (reference-spec 3.7); at the top there is none higher
+        """
+        first = len(self) - calls
+        assert 0 <= first < len(self), f"{calls} calls of {len(self)}"
+        level = max(first - 1, 0) if above else first
+        return replace(
+            self,
+            timesteps=self.timesteps[first:],
+            alphas=self.alphas[first:],
+            sigmas=self.sigmas[first:],
+            start_noise=float(self.sigmas[level]),
+            start_scale=float(self.alphas[level]),
+        )
 
 
 def _whole(name: str, training: Training, t: NDArray[np.integer], end: int | None) -> Schedule:

@@ -44,6 +44,7 @@ class Table:
     guidance            [R]: scale of the guidance; 1 means that one half runs
     graphs              [R]: the graph of the network that runs
     start_noise         how much unit noise the first x holds
+    start_scale         how much of a picture's latent it holds
     """
 
     t: Doubles
@@ -58,6 +59,7 @@ class Table:
     guidance: Doubles
     graphs: tuple[str, ...]
     start_noise: float
+    start_scale: float = 0.0
 
     def __post_init__(self) -> None:
         rows = len(self.t)
@@ -157,4 +159,5 @@ def assemble(
         guidance=np.ones(rows),
         graphs=("full",) * rows,
         start_noise=schedule.start_noise,
+        start_scale=schedule.start_scale,
     )
