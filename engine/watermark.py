@@ -1,0 +1,162 @@
+"""The invisible mark of the original scripts: the letters SDV2 in the colours of a picture.
+
+The method is `dwtDct` of the package invisible-watermark (0.1 to 0.2), reference-spec 4. One colour
+plane (U of YUV) is taken apart by a Haar wavelet. Each 4 x 4 block of its coarse half carries one
+of 32 bits, in turn: the largest value of the block, its first excepted, is moved to one quarter or
+three quarters of a step of 36. Two of the original's quirks are part of the mark and are kept: the
+inverse wavelet exchanges two details, which transposes each 2 x 2 pixels of U, and the result is cut
+down to whole numbers, not rounded, so that the order of float64 operations shows in the pixels.
+
+The mark costs bits: smooth or saturated pictures give back 25 to 31 of the 32, in the original too.
+
+checked by  tests/golden/test_pictures.py (pixels of the original), tests/unit/test_watermark.py
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import RequestError
+from .images import Pixels
+
+Ints = NDArray[np.int32]
+Doubles = NDArray[np.float64]
+
+TEXT = "SDV2"
+BITS: NDArray[np.uint8] = np.unpackbits(np.frombuffer(TEXT.encode(), np.uint8))  # high bit first
+MIN_AREA = 256 * 256  # pixels; the original refuses less
+STEP = 36.0  # between two values of the same bit
+BLOCK = 4  # coarse values on a side
+HALF = 2**-0.5  # the Haar wavelet's only coefficient
+
+# 8-bit YUV as video has it, in 14-bit fixed point as OpenCV does it.
+SHIFT, ROUND, CENTRE = 14, 1 << 13, 128
+Y_R, Y_G, Y_B = 4899, 9617, 1868
+U_B, V_R = 8061, 14369
+B_U, G_U, G_V, R_V = 33292, -6472, -9519, 18678
+
+
+def fits(height: int, width: int) -> bool:
+    """Whether a picture of that many pixels is large enough for the mark."""
+    return height * width >= MIN_AREA and min(height, width) >= 2 * BLOCK
+
+
+def encode(pixels: Pixels) -> Pixels:
+    """uint8 [H, W, 3] RGB -> the same with the mark in it.
+
+    raises   RequestError when the picture does not fit (ask `fits` before)
+    """
+    height, width = pixels.shape[:2]
+    if not fits(height, width):
+        raise RequestError(
+            f"a picture of {width} x {height} pixels is too small for the invisible mark,"
+            f" which needs {MIN_AREA} pixels and sides of {2 * BLOCK}",
+            hint="make a larger picture, or leave the mark out (`--no-watermark`)",
+        )
+    y, u, v = _yuv(pixels)
+    h, w = height // 4 * 4, width // 4 * 4
+    bands = _haar(u[:h, :w])
+    _write_bits(bands.coarse)
+    u[:h, :w] = bands.inverse()
+    return _rgb(y, u, v)
+
+
+def decode(pixels: Pixels) -> tuple[list[int], str | None]:
+    """uint8 [H, W, 3] RGB -> the 32 bits as the original's decoder reads them, and what they say.
+
+    Bits that no block carries (a picture under 64 x 32 pixels or so) read 0.
+    """
+    height, width = pixels.shape[:2]
+    _, u, _ = _yuv(pixels)
+    blocks = _blocks(_haar(u[: height // 4 * 4, : width // 4 * 4]).coarse)
+    values = np.take_along_axis(blocks, _largest(blocks), axis=1)[:, 0]
+    ones = np.abs(values) % STEP > STEP / 2
+    which = np.arange(len(ones)) % len(BITS)
+    count = np.bincount(which, minlength=len(BITS))
+    mean = np.bincount(which, ones, minlength=len(BITS)) / np.maximum(count, 1)
+    bits = mean * 255 > 127
+    raw = np.packbits(bits).tobytes()
+    return [int(b) for b in bits], TEXT if raw == TEXT.encode() else None
+
+
+@dataclass
+class _Bands:
+    """A plane's Haar wavelet: float64 [h/2, w/2] each; `rows` is the detail between rows."""
+
+    coarse: Doubles
+    rows: Doubles
+    columns: Doubles
+    both: Doubles
+
+    def inverse(self) -> Ints:
+        """With rows and columns exchanged, and cut down to whole numbers: see the top."""
+        h, w = self.coarse.shape
+        low, high = np.empty((h, 2 * w)), np.empty((h, 2 * w))
+        for out, a, b in ((low, self.coarse, self.rows), (high, self.columns, self.both)):
+            a, b = HALF * a, HALF * b
+            np.add(a, b, out=out[:, 0::2])
+            np.subtract(a, b, out=out[:, 1::2])
+        low *= HALF
+        high *= HALF
+        plane = np.empty((2 * h, 2 * w), np.int32)
+        plane[0::2] = low + high
+        plane[1::2] = low - high
+        return plane
+
+
+def _haar(plane: Ints) -> _Bands:
+    """[h, w], both even."""
+    scaled = HALF * plane
+    low, high = scaled[0::2] + scaled[1::2], scaled[0::2] - scaled[1::2]
+    low *= HALF
+    high *= HALF
+    return _Bands(
+        coarse=low[:, 0::2] + low[:, 1::2],
+        rows=high[:, 0::2] + high[:, 1::2],
+        columns=low[:, 0::2] - low[:, 1::2],
+        both=high[:, 0::2] - high[:, 1::2],
+    )
+
+
+def _blocks(coarse: Doubles) -> Doubles:
+    """[h, w] -> a copy [blocks, 16] in the order of rows; what is over at the edges is left out."""
+    h, w = (side // BLOCK for side in coarse.shape)
+    whole = coarse[: h * BLOCK, : w * BLOCK].reshape(h, BLOCK, w, BLOCK)
+    return whole.transpose(0, 2, 1, 3).reshape(h * w, BLOCK * BLOCK)
+
+
+def _largest(blocks: Doubles) -> NDArray[np.intp]:
+    """[blocks, 1]: where in each block the largest value lies; the first place does not count."""
+    return np.argmax(np.abs(blocks[:, 1:]), axis=1, keepdims=True) + 1
+
+
+def _write_bits(coarse: Doubles) -> None:
+    """In place. The values are sums of U, which is never negative."""
+    blocks = _blocks(coarse)
+    place = _largest(blocks)
+    value = np.take_along_axis(blocks, place, axis=1)
+    bit = BITS[np.arange(len(blocks)) % len(BITS), None]
+    value = (value // STEP + 0.25 + 0.5 * bit) * STEP
+    across = coarse.shape[1] // BLOCK
+    row, column = np.divmod(np.arange(len(blocks)), across)
+    coarse[row * BLOCK + place[:, 0] // BLOCK, column * BLOCK + place[:, 0] % BLOCK] = value[:, 0]
+
+
+def _yuv(pixels: Pixels) -> tuple[Ints, Ints, Ints]:
+    """uint8 [H, W, 3] RGB -> three planes [H, W] of 0..255."""
+    r, g, b = (pixels[..., k].astype(np.int32) for k in range(3))
+    y = (Y_R * r + Y_G * g + Y_B * b + ROUND) >> SHIFT
+    u = (U_B * (b - y) + ((CENTRE << SHIFT) + ROUND)) >> SHIFT
+    v = (V_R * (r - y) + ((CENTRE << SHIFT) + ROUND)) >> SHIFT
+    return y, u, np.clip(v, 0, 255, out=v)  # U stays within 17..239 by itself
+
+
+def _rgb(y: Ints, u: Ints, v: Ints) -> Pixels:
+    u, v = u - CENTRE, v - CENTRE
+    pixels = np.empty((*y.shape, 3), np.uint8)
+    for channel, change in enumerate((R_V * v, G_U * u + G_V * v, B_U * u)):
+        pixels[..., channel] = np.clip(y + ((change + ROUND) >> SHIFT), 0, 255)
+    return pixels
