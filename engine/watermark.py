@@ -4,8 +4,8 @@ The method is `dwtDct` of the package invisible-watermark (0.1 to 0.2), referenc
 plane (U of YUV) is taken apart by a Haar wavelet. Each 4 x 4 block of its coarse half carries one
 of 32 bits, in turn: the largest value of the block, its first excepted, is moved to one quarter or
 three quarters of a step of 36. Two of the original's quirks are part of the mark and are kept: the
-inverse wavelet exchanges two details, which transposes each 2 x 2 pixels of U, and the result is cut
-down to whole numbers, not rounded, so that the order of float64 operations shows in the pixels.
+inverse wavelet exchanges two details, which transposes each 2 x 2 pixels of U, and the result is
+cut down to whole numbers, not rounded, so that the order of float64 operations shows in the pixels.
 
 The mark costs bits: smooth or saturated pictures give back 25 to 31 of the 32, in the original too.
 
@@ -30,6 +30,7 @@ BITS: NDArray[np.uint8] = np.unpackbits(np.frombuffer(TEXT.encode(), np.uint8)) 
 MIN_AREA = 256 * 256  # pixels; the original refuses less
 STEP = 36.0  # between two values of the same bit
 BLOCK = 4  # coarse values on a side
+STRIPE = 2**16  # pixels that are marked at a time, so that the planes stay in the cache
 HALF = 2**-0.5  # the Haar wavelet's only coefficient
 
 # 8-bit YUV as video has it, in 14-bit fixed point as OpenCV does it.
@@ -56,12 +57,17 @@ def encode(pixels: Pixels) -> Pixels:
             f" which needs {MIN_AREA} pixels and sides of {2 * BLOCK}",
             hint="make a larger picture, or leave the mark out (`--no-watermark`)",
         )
-    y, u, v = _yuv(pixels)
-    h, w = height // 4 * 4, width // 4 * 4
-    bands = _haar(u[:h, :w])
-    _write_bits(bands.coarse)
-    u[:h, :w] = bands.inverse()
-    return _rgb(y, u, v)
+    marked = np.empty_like(pixels)
+    rows = max(STRIPE // width // (2 * BLOCK), 1) * 2 * BLOCK
+    first = 0
+    for top in range(0, height, rows):
+        y, u, v = _yuv(pixels[top : top + rows])
+        inner = u[: len(u) // 4 * 4, : width // 4 * 4]
+        bands = _haar(inner)
+        first += _write_bits(bands.coarse, first)
+        inner[:] = bands.inverse()
+        _write_rgb(marked[top : top + rows], y, u, v)
+    return marked
 
 
 def decode(pixels: Pixels) -> tuple[list[int], str | None]:
@@ -130,19 +136,21 @@ def _blocks(coarse: Doubles) -> Doubles:
 
 def _largest(blocks: Doubles) -> NDArray[np.intp]:
     """[blocks, 1]: where in each block the largest value lies; the first place does not count."""
-    return np.argmax(np.abs(blocks[:, 1:]), axis=1, keepdims=True) + 1
+    place: NDArray[np.intp] = np.argmax(np.abs(blocks[:, 1:]), axis=1, keepdims=True)
+    return place + 1
 
 
-def _write_bits(coarse: Doubles) -> None:
-    """In place. The values are sums of U, which is never negative."""
+def _write_bits(coarse: Doubles, first: int) -> int:
+    """In place; how many blocks there are. `first` came before. Sums of U are never negative."""
     blocks = _blocks(coarse)
+    number = np.arange(len(blocks))
     place = _largest(blocks)
-    value = np.take_along_axis(blocks, place, axis=1)
-    bit = BITS[np.arange(len(blocks)) % len(BITS), None]
-    value = (value // STEP + 0.25 + 0.5 * bit) * STEP
-    across = coarse.shape[1] // BLOCK
-    row, column = np.divmod(np.arange(len(blocks)), across)
-    coarse[row * BLOCK + place[:, 0] // BLOCK, column * BLOCK + place[:, 0] % BLOCK] = value[:, 0]
+    value = np.take_along_axis(blocks, place, axis=1)[:, 0]
+    value = (value // STEP + 0.25 + 0.5 * BITS[(first + number) % len(BITS)]) * STEP
+    block_row, block_column = np.divmod(number, coarse.shape[1] // BLOCK)
+    row, column = np.divmod(place[:, 0], BLOCK)
+    coarse[block_row * BLOCK + row, block_column * BLOCK + column] = value
+    return len(blocks)
 
 
 def _yuv(pixels: Pixels) -> tuple[Ints, Ints, Ints]:
@@ -154,9 +162,10 @@ def _yuv(pixels: Pixels) -> tuple[Ints, Ints, Ints]:
     return y, u, np.clip(v, 0, 255, out=v)  # U stays within 17..239 by itself
 
 
-def _rgb(y: Ints, u: Ints, v: Ints) -> Pixels:
+def _write_rgb(out: Pixels, y: Ints, u: Ints, v: Ints) -> None:
     u, v = u - CENTRE, v - CENTRE
-    pixels = np.empty((*y.shape, 3), np.uint8)
     for channel, change in enumerate((R_V * v, G_U * u + G_V * v, B_U * u)):
-        pixels[..., channel] = np.clip(y + ((change + ROUND) >> SHIFT), 0, 255)
-    return pixels
+        change += ROUND
+        change >>= SHIFT
+        change += y
+        out[..., channel] = np.clip(change, 0, 255, out=change)
