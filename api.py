@@ -5,12 +5,16 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 from . import __version__, backends
 from .engine.bundle import MANIFEST, Bundle, open_bundle
 from .engine.errors import BackendUnavailable, MissingPart, NotABundle, RequestError, UnknownName
+from .engine.given import Given
+from .engine.metadata import read_metadata
 from .engine.paths import cache_dir
 from .engine.pipeline import Pipeline
 from .engine.ports import Backend, Probe, Session
@@ -49,6 +53,47 @@ def load(
     sessions = EngineSessions(bundle, chosen, precision, threads)
     about = {"version": __version__, "backend": chosen.name, "precision": precision}
     return Pipeline(bundle, sessions, about)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What a picture says of its making.
+
+    how         arguments of `load`
+    request     fields of the Request
+    pictures    image, mask, depth: keyword arguments of a pipeline
+    """
+
+    how: dict[str, Any]
+    request: Mapping[str, Any]
+    pictures: dict[str, Any]
+
+
+def recorded(path: Path, instead: Mapping[str, Any] | None = None) -> Recorded:
+    """How the picture at `path` was made, from its own metadata.
+
+    instead     pictures to use in place of those that it was made from
+    raises      RequestError when it does not say, or when a picture that it was made from is gone
+    """
+    found = read_metadata(path)
+    if found.request is None:
+        raise RequestError(
+            f"{path} does not say how it was made",
+            hint="pictures that sdengine saved do; a copy that went through another program or a "
+            "web service may have lost it",
+        )
+    how = {name: found.about[name] for name in ("backend", "precision") if name in found.about}
+    if found.about.get("model") in EMBEDDED:
+        how["model"] = found.about["model"]
+    new = {} if instead is None else dict(instead)
+    old = {k: v for k, v in found.about.items() if k.split(" ")[0] not in new}
+    given = Given.recorded(old)
+    pictures = _given(image=list(given.images), mask=given.mask, depth=given.depth)
+    return Recorded(how, found.request, pictures | new)
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value not in (None, [])}
 
 
 def find_model(model: str | Path, progress: Progress | None = None) -> Path:

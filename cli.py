@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -72,26 +72,35 @@ class RunCommand(Careful):
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         from .backends import NAMES
-        from .engine.request import Request
-        from .engine.schedule import SCHEDULES
-        from .engine.solvers import SOLVERS
+        from .engine.request import DEFAULTS, NAMES_OF, Request
         from .engine.spec import PRECISIONS
 
-        defaults = Request().to_dict()
         choices: dict[str, Iterable[str]] = {
-            "sampler": SOLVERS,
-            "schedule": SCHEDULES,
+            **NAMES_OF,
             "precision": PRECISIONS,
             "backend": ("auto", *NAMES),
         }
+        own = Request().to_dict()
         for option in self.params:
             name = str(option.name)
             notes = [", ".join(choices[name])] if name in choices else []
-            if defaults.get(name) not in (None, ""):
-                notes.append(f"default {defaults[name]}")
+            if own.get(name) not in (None, "") and not isinstance(own[name], bool):
+                notes.append(f"default {own[name]}")
+            notes.extend(_default_by_task(name, DEFAULTS))
             if notes:
                 option.help = f"{option.help} [{'; '.join(notes)}]"  # type: ignore[attr-defined]
         super().format_help(ctx, formatter)
+
+
+def _default_by_task(name: str, defaults: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """`default 25`, or `default 7.5, upscale 9.0` where the tasks do not agree."""
+    by_task = {task: fields[name] for task, fields in defaults.items() if name in fields}
+    if not by_task:
+        return []
+    values = list(by_task.values())
+    usual = max(values, key=values.count)
+    others = [f"{task} {value}" for task, value in by_task.items() if value != usual]
+    return [", ".join([f"default {usual}", *others])]
 
 
 def _version(asked: bool) -> None:
@@ -140,6 +149,29 @@ def run(
             "prompt and seed; without it, the current folder.",
         ),
     ] = None,
+    task: Annotated[
+        str | None, typer.Option(help="Without it, what the model and the pictures call for.")
+    ] = None,
+    image: Annotated[
+        list[str] | None,
+        typer.Option("--image", "-i", help="A picture to start from; repeat, to mix several."),
+    ] = None,
+    mask: Annotated[
+        str | None, typer.Option(help="Which part of the picture to repaint: white is repainted.")
+    ] = None,
+    depth: Annotated[
+        str | None, typer.Option(help="A depth map, white is near; without it, one is made.")
+    ] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="How much of the picture to repaint, 0 to 1.")
+    ] = None,
+    noise_level: Annotated[
+        int | None,
+        typer.Option(help="Noise put into what an upscaler or a model of variations is shown."),
+    ] = None,
+    weight: Annotated[
+        list[float] | None, typer.Option(help="Of a picture in the mixture; once for each.")
+    ] = None,
     width: Annotated[int | None, typer.Option(help="Pixels; without it, the model's own.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels; without it, the model's own.")] = None,
     steps: Annotated[int | None, typer.Option("--steps", "-s", help="Levels of noise.")] = None,
@@ -158,6 +190,40 @@ def run(
     ] = None,
     count: Annotated[int | None, typer.Option("--count", "-c", help="How many pictures.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Pictures in one network call.")] = None,
+    noise: Annotated[str | None, typer.Option(help="Where noise is drawn from.")] = None,
+    resize: Annotated[
+        str | None, typer.Option(help="How a picture comes to the width and height asked for.")
+    ] = None,
+    background: Annotated[
+        str | None, typer.Option(help="What lies under a transparent picture: a colour.")
+    ] = None,
+    invert_mask: Annotated[
+        bool | None, typer.Option("--invert-mask", help="Repaint black, not white.")
+    ] = None,
+    mask_blur: Annotated[
+        float | None, typer.Option(help="Softness in pixels of the seam around what is repainted.")
+    ] = None,
+    thin_mask: Annotated[
+        str | None, typer.Option(help="max keeps strokes thinner than a cell of the latent.")
+    ] = None,
+    paste: Annotated[
+        bool | None,
+        typer.Option("--paste/--no-paste", help="Put the unmasked part itself back (default)."),
+    ] = None,
+    watermark: Annotated[
+        bool | None,
+        typer.Option("--watermark/--no-watermark", help="The invisible mark SDV2 (default: on)."),
+    ] = None,
+    safety: Annotated[
+        str | None, typer.Option(help="What to do where the bundle's classifier objects.")
+    ] = None,
+    compat: Annotated[
+        str | None, typer.Option(help="reference: its own defaults, spacing and noise levels.")
+    ] = None,
+    from_picture: Annotated[
+        Path | None,
+        typer.Option("--from", help="Repeat the run of a picture; other options change it."),
+    ] = None,
     backend: Annotated[
         str | None, typer.Option("--backend", "-b", help="The engine; without it, the fastest.")
     ] = None,
@@ -182,13 +248,33 @@ def run(
         seed=seed,
         count=count,
         batch_size=batch_size,
+        task=task,
+        strength=strength,
+        noise_level=noise_level,
+        weights=tuple(weight) if weight else None,
+        noise=noise,
+        resize=resize,
+        background=background,
+        invert_mask=invert_mask,
+        mask_blur=mask_blur,
+        thin_mask=thin_mask,
+        paste=paste,
+        watermark=watermark,
+        safety=safety,
+        compat=compat,
     )
+    pictures = _given(image=image if image else None, mask=mask, depth=depth)
     how = _given(model=model, backend=backend, precision=precision, threads=threads)
     from .engine.describe import timing_line
     from .engine.outputs import Output
     from .engine.request import Progress, Request
 
-    request, output = Request(**asked), Output.parse(out)
+    if from_picture is not None:
+        from .api import recorded
+
+        past = recorded(from_picture, pictures)
+        asked, pictures, how = dict(past.request) | asked, past.pictures, past.how | how
+    request, output = Request.from_dict(asked), Output.parse(out)
     output.check()
     from . import api
 
@@ -199,7 +285,7 @@ def run(
             report(f"picture {at.picture + 1} of {at.pictures}", at.step, at.steps)
 
         with api.load(**how, progress=lambda what, done: report(what, done, 1.0)) as pipe:
-            for result in pipe.stream(request, on_step=on_step):
+            for result in pipe.stream(request, on_step=on_step, **pictures):
                 for picture in result.pictures[len(paths) :]:
                     paths.append(output.save(picture, request.count))
                     if not as_json:

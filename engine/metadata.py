@@ -51,9 +51,12 @@ class Metadata:
     about: Mapping[str, str] = field(default_factory=dict)
 
 
-def describe(request: Mapping[str, Any], about: Mapping[str, str]) -> Metadata:
+def describe(
+    request: Mapping[str, Any], about: Mapping[str, str], size: tuple[int, int]
+) -> Metadata:
     """From a completed request as a dictionary, and what is known about the run.
 
+    size     (width, height) of the picture
     about    of these the text shows `model`, `model_sha256` (the first ten digits, as others do)
              and `version`; the JSON holds all
     """
@@ -64,14 +67,19 @@ def describe(request: Mapping[str, Any], about: Mapping[str, str]) -> Metadata:
         "Schedule type": SCHEDULE_TITLES.get(schedule, f"sdengine {schedule}"),
         "CFG scale": f"{request['guidance']:.10g}",
         "Seed": request["seed"],
-        "Size": f"{request['width']}x{request['height']}",
+        "Size": f"{size[0]}x{size[1]}",
         "Model hash": about["model_sha256"][:10] if "model_sha256" in about else None,
         "Model": about.get("model"),
+        "Denoising strength": _shown(request.get("strength")),
         "Eta": f"{request['eta']:.10g}" if solvers.find(request["sampler"]).eta else None,
         "Version": f"sdengine {about['version']}" if "version" in about else None,
     }
     text = parameters_text(request["prompt"], request["negative_prompt"], fields)
     return Metadata(text, dict(request), dict(about))
+
+
+def _shown(value: float | None) -> str | None:
+    return None if value is None else f"{value:.10g}"
 
 
 def parameters_text(prompt: str, negative_prompt: str, fields: Mapping[str, object]) -> str:

@@ -2,54 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from . import images, latents, metadata, schedule, solvers
+from . import safety, tasks
 from .bundle import Bundle
 from .clock import Metered, stage
 from .errors import RequestError
-from .guidance import Guidance
-from .loop import denoise
-from .noise import TorchNoise
+from .finish import Finisher, Picture
+from .given import Given
+from .guidance import Conditions, Guidance
+from .loop import Settle, denoise
+from .noise import noise_stream
 from .ports import Array, Floats, Sessions
 from .request import Progress, Request, Timings
-from .schedule import Training
-from .table import Table
-from .tasks import txt2img
+from .setup import set_up
+from .table import Row
+from .tasks import Beginning, Streams, Task, Work, inpaint
+from .tasks.work import Statistics
 from .tokenizer import Tokenizer
 
 OnStep = Callable[[Progress], None]
-
-
-@dataclass(frozen=True)
-class Picture:
-    """One result.
-
-    image       RGB
-    request     what makes this one picture again: its own seed, count 1
-    latent      float32 [C, h, w], the scale in it
-    about       what goes into the file beside the request: model, bundle, backend, precision, ...
-    """
-
-    image: Image.Image
-    request: Request
-    latent: Array
-    about: dict[str, str]
-
-    def save(self, path: Path | str) -> Path:
-        """Write a PNG, JPEG or WebP, by the suffix, with everything needed to make it again."""
-        return images.save(self.image, Path(path), self.text())
-
-    def text(self) -> metadata.Metadata:
-        return metadata.describe(self.request.to_dict(), self.about)
 
 
 @dataclass
@@ -77,14 +56,20 @@ class Pipeline:
     about       backend, precision and the like, written into every picture
     """
 
-    def __init__(self, bundle: Bundle, sessions: Sessions, about: dict[str, str]) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        sessions: Sessions,
+        about: dict[str, str],
+    ) -> None:
         self.bundle, self.facts = bundle, bundle.facts
         self.about = {"model": bundle.facts.name, "bundle": bundle.id,
                       "model_sha256": bundle.facts.source.sha256, **about}  # fmt: skip
         self._sessions = sessions
         self._tokenizer = Tokenizer(bundle.tokenizer_file, bundle.facts.tokenizer)
-        noise = bundle.facts.schedule
-        self._training = Training.scaled_linear(noise.beta_start, noise.beta_end, noise.timesteps)
+        classifier = bundle.components.get(safety.COMPONENT)
+        self._classifier = None if classifier is None else classifier.config
+        self._statistics: Statistics = (None, None)
 
     def __enter__(self) -> Pipeline:
         return self
@@ -100,6 +85,7 @@ class Pipeline:
     ) -> Result:
         """Run a Request, or the one that the keyword arguments make.
 
+        image, mask, depth  the pictures given, beside the request: `image` may be a list
         on_step     called after each network call
         raises      RequestError, BackendError, NumericsError
         """
@@ -110,32 +96,51 @@ class Pipeline:
         self, request: Request | None = None, /, *, on_step: OnStep | None = None, **fields: Any
     ) -> Iterator[Result]:
         """As a call, but yields the same, growing Result after each batch of pictures."""
-        txt2img.check(self.facts)
+        given = Given.take(fields)
         asked = _request(request, fields)
-        result = Result(asked.completed(self.facts.native_size))
-        return self._batches(result, on_step)
+        task = tasks.choose(self.facts, asked.task, given)
+        native = None if task.placed else self.facts.native_size
+        result = Result(asked.completed(task.name, native))
+        return self._batches(task, given, result, on_step)
 
-    def _batches(self, result: Result, on_step: OnStep | None) -> Iterator[Result]:
-        request, timings = result.request, result.timings
+    def _batches(
+        self, task: Task, given: Given, result: Result, on_step: OnStep | None
+    ) -> Iterator[Result]:
+        timings = result.timings
         sessions = Metered(self._sessions, timings)
         with _running(timings):
-            shape = self._latent_shape(request, result.warnings)
-            table = self._table(request, result.warnings)
+            with stage(timings, "prepare"):
+                setting = set_up(task, self.facts, result.request, given)
+            request, table, work = (
+                setting.request,
+                setting.table,
+                setting.work(sessions, self._statistics),
+            )
+            result.request = request
+            result.warnings.extend(setting.warnings)
             with stage(timings, "text"):
                 uncond, cond = self._encode(sessions, request, result.warnings)
+            with stage(timings, "prepare"):
+                begin = task.prepare(work)
+            about = {**self.about, **given.about()}
+            finish = Finisher(work, about, self._classifier, result.warnings)
         for first in range(0, request.count, request.batch_size):
             with _running(timings):
                 count = min(request.batch_size, request.count - first)
-                streams = [TorchNoise(request.seed_of(first + k)) for k in range(count)]
-                x = txt2img.start(table, streams, shape)
-                predict = Guidance(sessions, *(_repeat(text, count) for text in (uncond, cond)))
+                streams = [self._streams(request, first + k) for k in range(count)]
+                with stage(timings, "prepare"):
+                    begun = [begin(own) for own in streams]
+                texts = _repeat(uncond, count), _repeat(cond, count)
+                predict = Guidance(sessions, *texts, _conditions(begun))
+                x = np.stack([b.x for b in begun])
+                settle = _settle(work, begun)
 
-                def noise(streams: list[TorchNoise] = streams) -> Array:
-                    return np.stack([stream.normal(shape) for stream in streams])
+                def noise(streams: list[Streams] = streams) -> Array:
+                    return np.stack([own.other.normal(work.shape) for own in streams])
 
                 with stage(timings, "denoise"):
                     last = perf_counter()
-                    for step in denoise(table, predict, x, noise):
+                    for step in denoise(table, predict, x, noise, settle):
                         x, now = step.x, perf_counter()
                         timings.rows.append(now - last)
                         if on_step is not None:
@@ -144,8 +149,16 @@ class Pipeline:
                         last = perf_counter()
                 with stage(timings, "decode"):
                     for k, latent in enumerate(x):
-                        result.pictures.append(self._finish(sessions, request, first + k, latent))
+                        result.pictures.append(finish(first + k, latent))
             yield result
+
+    def _streams(self, request: Request, index: int) -> Streams:
+        """Of picture `index`. The reference's own scripts draw from two generators."""
+        assert request.noise is not None
+        seed = request.seed_of(index)
+        start = noise_stream(request.noise, seed)
+        apart = request.compat == "reference" and request.noise == "numpy"
+        return Streams(start, noise_stream("torch", seed) if apart else start)
 
     def _encode(
         self, sessions: Metered, request: Request, warnings: list[str]
@@ -166,38 +179,6 @@ class Pipeline:
         text: Floats = session({"input_ids": ids})["last_hidden_state"]
         return (None if len(text) == 1 else text[:1]), text[-1:]
 
-    def _table(self, request: Request, warnings: list[str]) -> Table:
-        assert request.schedule is not None
-        levels = schedule.make(request.schedule, self._training, request.steps)
-        if len(levels) != request.steps:
-            warnings.append(
-                f"schedule {levels.name!r} runs {len(levels)} steps, not {request.steps}"
-            )
-        table = solvers.make(request.sampler, levels, self.facts.prediction, request.eta)
-        return table.guided(request.guidance)
-
-    def _latent_shape(self, request: Request, warnings: list[str]) -> tuple[int, int, int]:
-        """(C, h, w): the size asked for, rounded up to what the network takes."""
-        assert request.height is not None
-        assert request.width is not None
-        facts = self.facts.latent
-        multiple = facts.factor * facts.multiple
-        height, width = images.padded_size(request.height, request.width, multiple)
-        if (height, width) != (request.height, request.width):
-            warnings.append(
-                f"{request.width}x{request.height} is no multiple of {multiple}: made at"
-                f" {width}x{height} and cropped at the centre"
-            )
-        return facts.channels, height // facts.factor, width // facts.factor
-
-    def _finish(self, sessions: Metered, request: Request, index: int, latent: Array) -> Picture:
-        assert request.height is not None
-        assert request.width is not None
-        decoded = latents.decode(sessions, latent, self.facts.latent.scale)
-        pixels = images.crop_centre(images.to_uint8(decoded), request.height, request.width)
-        own = replace(request, seed=request.seed_of(index), count=1, batch_size=1)
-        return Picture(Image.fromarray(pixels), own, latent, self.about)
-
 
 def _request(request: Request | None, fields: dict[str, Any]) -> Request:
     if request is None:
@@ -216,3 +197,35 @@ def _repeat(text: Floats | None, count: int) -> Any:
 
 def _running(timings: Timings) -> AbstractContextManager[None]:
     return stage(timings, "total")
+
+
+def _conditions(begun: Sequence[Beginning]) -> Conditions:
+    """Those of the pictures of a batch, together. All of a run have the same kinds of them."""
+
+    def together(name: str) -> Array | None:
+        each = [getattr(b, name) for b in begun]
+        return None if each[0] is None else np.stack(each)
+
+    return Conditions(together("channels"), together("label"), together("unlabelled"))
+
+
+def _settle(work: Work, begun: Sequence[Beginning]) -> Settle | None:
+    """Puts back, after each row and at its level of noise, what is not to be repainted.
+
+    After the last row it is put back clean: a schedule may end a little above no noise at all, but
+    the decoder knows nothing of levels.
+    """
+    kept = [b.kept for b in begun if b.kept is not None]
+    if not kept:
+        return None
+    latent, noise = (np.stack(each) for each in zip(*kept, strict=True))
+    mask = inpaint.mask_of(work)
+    alphas = np.append(work.table.alphas[1:-1], 1.0).astype(np.float32)
+    sigmas = np.append(work.table.sigmas[1:-1], 0.0).astype(np.float32)
+
+    def settle(x: Array, row: Row) -> Array:
+        still = alphas[row.index] * latent + sigmas[row.index] * noise
+        settled: Array = mask * x + (1 - mask) * still
+        return settled
+
+    return settle

@@ -4,23 +4,49 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from . import schedule, solvers
+from . import noise, schedule, solvers
 from .errors import RequestError, UnknownName
 
 SEED_END = 2**32
 MIN_SIDE, MAX_SIDE = 16, 4096
 
 
+# What a run does where its request leaves it open. The numbers are the field's (reference-spec
+# 3.12), with the sampler and the steps that this engine runs by default; `reference` has those of
+# the reference's own scripts, under --compat reference.
+_OURS: Mapping[str, Any] = {"steps": 25, "guidance": 7.5, "sampler": "dpmpp_2m"}
+_REFERENCE: Mapping[str, Any] = {
+    "steps": 50, "guidance": 9.0, "sampler": "ddim", "schedule": "reference",
+}  # fmt: skip
+DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "txt2img": _OURS,
+    "img2img": {**_OURS, "strength": 0.8},
+    "inpaint": {**_OURS, "strength": 1.0},
+    "depth2img": {**_OURS, "strength": 0.8},
+    "upscale": {**_OURS, "guidance": 9.0, "noise_level": 20},
+    "unclip": {**_OURS, "guidance": 10.0, "noise_level": 0},
+}
+REFERENCE_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "txt2img": _REFERENCE,
+    "img2img": {**_REFERENCE, "strength": 0.8},
+    "inpaint": {**_REFERENCE, "guidance": 10.0, "strength": 1.0, "noise": "numpy"},
+    "depth2img": {**_REFERENCE, "strength": 0.9},
+    "upscale": {**_REFERENCE, "steps": 75, "guidance": 10.0, "noise_level": 20, "noise": "numpy"},
+    "unclip": {**_REFERENCE, "steps": 20, "guidance": 10.0, "noise_level": 0},
+}
+
+
 @dataclass(frozen=True)
 class Request:
-    """One run: `count` pictures of one prompt.
+    """One run: `count` pictures of one prompt. What is None takes the task's default (DEFAULTS).
 
     prompt, negative_prompt   text; empty is legal
-    width, height   pixels, 16..4096; None takes the model's native size
+    task            a name of engine.tasks.TASKS; None: what model and pictures call for
+    width, height   pixels, 16..4096; None takes the model's native size, or the given picture's
     steps           1..1000
     guidance        scale of classifier-free guidance; 1 turns it off, 0 ignores the prompt
     sampler         a name of engine.solvers.SOLVERS
@@ -29,44 +55,90 @@ class Request:
     seed            0..2^32-1 of the first picture, the next ones count up; None draws one
     count           pictures, 1..10000
     batch_size      pictures in one network call, 1..64
+    strength        0..1, how much of the schedule runs on a given picture; 1: all of it
+    noise_level     noise added to the upscaler's picture (0..350) or to an embedding (0..999)
+    weights         of the pictures to mix, one each
+    resize          how a picture comes to an asked size: a name of RESIZES
+    background      what lies under a transparent picture, a colour
+    invert_mask     black is repainted, not white
+    mask_blur       0..256, radius in pixels of the seam where the unmasked part is pasted back
+    thin_mask       `nearest` as the reference: strokes under a latent cell may vanish; `max` keeps
+    paste           put the unmasked part of the picture itself back
+    noise           a name of engine.noise.KINDS
+    compat          `reference`: its defaults, its spacing, its noise level of img2img
+    watermark       the invisible mark, where the picture is large enough
+    safety          what is done with a picture that the bundle's classifier objects to
 
     raises          RequestError, UnknownName
     """
 
     prompt: str = ""
     negative_prompt: str = ""
+    task: str | None = None
     width: int | None = None
     height: int | None = None
-    steps: int = 25
-    guidance: float = 7.5
-    sampler: str = "dpmpp_2m"
+    steps: int | None = None
+    guidance: float | None = None
+    sampler: str | None = None
     schedule: str | None = None
     eta: float = 0.0
     seed: int | None = None
     count: int = 1
     batch_size: int = 1
+    strength: float | None = None
+    noise_level: int | None = None
+    weights: tuple[float, ...] | None = None
+    resize: str = "stretch"
+    background: str = "white"
+    invert_mask: bool = False
+    mask_blur: float = 0.0
+    thin_mask: str = "nearest"
+    paste: bool = True
+    noise: str | None = None
+    compat: str | None = None
+    watermark: bool = True
+    safety: str = "off"
 
     def __post_init__(self) -> None:
-        for name in ("prompt", "negative_prompt"):
+        for name in ("prompt", "negative_prompt", "background"):
             if not isinstance(getattr(self, name), str):
                 raise RequestError(
                     f"{name} is {type(getattr(self, name)).__name__}, not text",
                     hint=f"give {name} as a str; bytes must be decoded first",
                 )
+        for name in _FLAGS:
+            if not isinstance(getattr(self, name), bool):
+                raise RequestError(
+                    f"{name} is {getattr(self, name)!r}, not true or false",
+                    hint=f"give {name} as True or False",
+                )
         for name, low, high in _WHOLE:
             _check_whole(name, getattr(self, name), low, high)
         for name, least, most in _REAL:
             _check_real(name, getattr(self, name), least, most)
+        for name, known in NAMES_OF.items():
+            value = getattr(self, name)
+            if value is not None and value not in known:
+                raise UnknownName(name.replace("_", "-"), str(value), known)
+        self._check_weights()
         if self.seed is not None and self.seed + self.count > SEED_END:
             raise RequestError(
                 f"seed {self.seed} and {self.count} pictures reach past seed {SEED_END - 1}",
                 hint=f"take a seed of at most {SEED_END - self.count}, or fewer pictures",
             )
-        solvers.find(self.sampler)
-        if self.schedule is not None and self.schedule not in schedule.SCHEDULES:
-            raise UnknownName("schedule", self.schedule, schedule.SCHEDULES)
-        if self.eta != 0.0 and not solvers.find(self.sampler).eta:
+        if self.sampler is not None and self.eta != 0.0 and not solvers.find(self.sampler).eta:
             solvers.refuse_eta(self.sampler, self.eta)
+
+    def _check_weights(self) -> None:
+        if self.weights is None:
+            return
+        if not isinstance(self.weights, (tuple, list)):
+            raise RequestError(
+                f"weights is {self.weights!r}, not a list", hint="give one number for each picture"
+            )
+        object.__setattr__(self, "weights", tuple(self.weights))  # JSON has lists alone
+        for weight in self.weights:
+            _check_real("weights", weight, -100.0, 100.0)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Request:
@@ -80,15 +152,42 @@ class Request:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    def completed(self, native_size: tuple[int, int]) -> Request:
-        """Nothing left open: the model's size, the sampler's schedule, a drawn seed."""
-        height, width = native_size
-        own = solvers.find(self.sampler).schedule
+    def defaults(self, task: str) -> Mapping[str, Any]:
+        """What this request's None's become for a task. Not every task has every field."""
+        return (REFERENCE_DEFAULTS if self.compat == "reference" else DEFAULTS)[task]
+
+    def completed(self, task: str, native_size: tuple[int, int] | None) -> Request:
+        """Nothing left open: the task's defaults, the sampler's schedule, a drawn seed.
+
+        native_size     (height, width); None for a task whose picture brings its own
+        raises          RequestError for a field that the task has no use for
+        """
+        defaults = self.defaults(task)
+        for name, what in _ONLY_SOME.items():
+            if getattr(self, name) is not None and name not in defaults:
+                raise RequestError(
+                    f"{task} takes no {what}",
+                    hint=f"leave {name} out; it is for "
+                    + ", ".join(t for t, d in DEFAULTS.items() if name in d),
+                )
+        fill = {n: v for n, v in defaults.items() if getattr(self, n) is None}
+        if self.sampler is not None and self.schedule is None:
+            fill.pop("schedule", None)  # the reference's spacing belongs to its own sampler
+        whole = replace(self, task=task, **fill)
+        if native_size is not None:
+            height, width = native_size
+            whole = replace(
+                whole,
+                width=width if self.width is None else self.width,
+                height=height if self.height is None else self.height,
+            )
+        assert whole.sampler is not None
         return replace(
-            self,
-            width=width if self.width is None else self.width,
-            height=height if self.height is None else self.height,
-            schedule=own if self.schedule is None else self.schedule,
+            whole,
+            schedule=solvers.find(whole.sampler).schedule
+            if whole.schedule is None
+            else whole.schedule,
+            noise="torch" if whole.noise is None else whole.noise,
             seed=secrets.randbelow(SEED_END - self.count) if self.seed is None else self.seed,
         )
 
@@ -98,6 +197,10 @@ class Request:
         return self.seed + index
 
 
+RESIZES = ("stretch", "fit", "fill")
+SAFETY = ("off", "mark", "block")
+_FLAGS = ("invert_mask", "paste", "watermark")
+_ONLY_SOME = {"strength": "strength", "noise_level": "noise level"}
 _WHOLE = (
     ("width", MIN_SIDE, MAX_SIDE),
     ("height", MIN_SIDE, MAX_SIDE),
@@ -105,12 +208,29 @@ _WHOLE = (
     ("seed", 0, SEED_END - 1),
     ("count", 1, 10_000),
     ("batch_size", 1, 64),
+    ("noise_level", 0, 999),
 )
-_REAL = (("guidance", -100.0, 100.0), ("eta", 0.0, 1.0))
+_REAL = (
+    ("guidance", -100.0, 100.0),
+    ("eta", 0.0, 1.0),
+    ("strength", 0.0, 1.0),
+    ("mask_blur", 0.0, 256.0),
+)
+# field -> the names that it may have
+NAMES_OF: Mapping[str, Collection[str]] = {
+    "task": DEFAULTS,
+    "sampler": solvers.SOLVERS,
+    "schedule": schedule.SCHEDULES,
+    "resize": RESIZES,
+    "thin_mask": ("nearest", "max"),
+    "noise": noise.KINDS,
+    "compat": ("reference",),
+    "safety": SAFETY,
+}
 
 
 def _check_whole(name: str, value: Any, low: int, high: int) -> None:
-    if value is None and name in ("width", "height", "seed"):
+    if value is None and name not in ("count", "batch_size"):
         return
     if isinstance(value, bool) or not isinstance(value, int):
         raise RequestError(
@@ -124,6 +244,8 @@ def _check_whole(name: str, value: Any, low: int, high: int) -> None:
 
 
 def _check_real(name: str, value: Any, low: float, high: float) -> None:
+    if value is None and name in ("guidance", "strength"):
+        return
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not math.isfinite(value) or not low <= value <= high:
         raise RequestError(
@@ -145,10 +267,14 @@ class Progress:
 
 @dataclass
 class Timings:
-    """Seconds of one run. `engine` is spent inside sessions, `load` opening them."""
+    """Seconds of one run. `engine` is spent inside sessions, `load` opening them.
+
+    prepare     given pictures, masks, depth, embeddings: read and encoded
+    """
 
     load: float = 0.0
     text: float = 0.0
+    prepare: float = 0.0
     denoise: float = 0.0
     decode: float = 0.0
     total: float = 0.0

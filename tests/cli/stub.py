@@ -38,10 +38,13 @@ class StubPipeline:
     def __exit__(self, *_: object) -> None:
         self.closed = True
 
-    def stream(self, request: Request, *, on_step: Callable[[Progress], None]) -> Iterator[Result]:
+    def stream(
+        self, request: Request, *, on_step: Callable[[Progress], None], **pictures: Any
+    ) -> Iterator[Result]:
         self.requests.append(request)
+        self.pictures = pictures
         tokenizer.clean(request.prompt)
-        ran = request.completed((64, 64))
+        ran = request.completed("txt2img", (64, 64))
         result = Result(ran, timings=Timings(rows=[0.014] * ran.steps, total=0.5))
         if self.mode == "refuse":
             raise NumericsError("NaN in `unet` at step 3", hint="use --precision f32")

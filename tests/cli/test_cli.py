@@ -18,7 +18,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from sdengine import api, cli
-from sdengine.engine.request import Request
+from sdengine.engine.request import DEFAULTS, Request
 
 Run = Callable[..., Any]
 
@@ -130,12 +130,34 @@ def test_every_option_reaches_the_request(load: Any) -> None:
         "seed": 0,
         "count": 2,
         "batch_size": 2,
+        "task": "txt2img",
+        "noise": "numpy",
+        "resize": "fill",
+        "background": "teal",
+        "mask_blur": 3.0,
+        "thin_mask": "max",
+        "safety": "mark",
+        "compat": "reference",
     }
-    assert set(asked) == {f.name for f in dataclasses.fields(Request)}
+    spelled = {"invert_mask": True, "paste": False, "watermark": False}
+    unused = {"strength": 0.5, "noise_level": 7, "weights": (0.5, 2.0)}
+    known = {f.name for f in dataclasses.fields(Request)}
+    assert set(asked) | set(spelled) | set(unused) == known
     options = [x for k, v in asked.items() for x in (f"--{k.replace('_', '-')}", v)]
-    result = run("run", *options)
+    result = run("run", *options, "--invert-mask", "--no-paste", "--no-watermark")
     assert result.exit_code == 0, result.stderr
-    assert load.pipeline.requests == [Request(**asked)]
+    assert load.pipeline.requests == [Request(**asked, **spelled)]
+    other = ["--strength", 0.5, "--noise-level", 7, "--weight", 0.5, "--weight", 2]
+    assert run("run", *other).exit_code == 2  # the stub's task is txt2img
+    assert load.pipeline.requests[1:] == [Request(**unused)]
+
+
+def test_pictures_reach_the_pipeline_in_their_order(load: Any) -> None:
+    given = ["--image", "b.png", "--image", "a.png", "--mask", "m.png", "--depth", "d.png"]
+    assert run("run", *given).exit_code == 0
+    assert load.pipeline.pictures == {
+        "image": ["b.png", "a.png"], "mask": "m.png", "depth": "d.png",
+    }  # fmt: skip
 
 
 def test_every_option_reaches_load(load: Any) -> None:
@@ -158,8 +180,9 @@ def test_the_command_line_holds_no_default() -> None:
 
 def test_help_names_the_engines_defaults() -> None:
     text = " ".join(run("run", "--help").stdout.split())
-    assert f"default {Request().steps}" in text
-    assert f"default {Request().guidance}" in text
+    assert f"default {DEFAULTS['txt2img']['steps']}" in text
+    assert f"default 7.5, upscale {DEFAULTS['upscale']['guidance']}" in text
+    assert "img2img" in text
     assert "ddim" in text
     assert "bf16" in text
 

@@ -32,6 +32,7 @@ REQUEST = {
     "count": 1,
     "batch_size": 1,
 }
+SIZE = (512, 768)
 ABOUT = {
     "model": "sd21-base",
     "model_sha256": "88ecb782561455673c4b78d05093494b9c539fc6bfc08f3a9a4a0dd7b0b10f36",
@@ -80,7 +81,7 @@ def parsed(text: str) -> dict[str, str]:
 
 
 def test_the_whole_text():
-    assert describe(REQUEST, ABOUT).parameters == (
+    assert describe(REQUEST, ABOUT, SIZE).parameters == (
         "a fox, in the snow\n"
         "Negative prompt: blurry\n"
         "Steps: 25, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 5, Seed: 7, "
@@ -91,7 +92,7 @@ def test_the_whole_text():
 def test_what_is_not_there_is_left_out():
     request = {**REQUEST, "prompt": "", "negative_prompt": "", "guidance": 7.25}
     request |= {"sampler": "ddim", "schedule": "trailing", "eta": 0.5, "seed": 0}
-    assert describe(request, {}).parameters == (
+    assert describe(request, {}, SIZE).parameters == (
         "Steps: 25, Sampler: DDIM, Schedule type: sdengine trailing, CFG scale: 7.25, Seed: 0, "
         "Size: 512x768, Eta: 0.5"
     )
@@ -115,7 +116,7 @@ def test_what_is_not_there_is_left_out():
     ids=lambda p: ascii(p[:20]),
 )
 def test_round_trip(tmp_path, suffix, prompt):
-    metadata = describe({**REQUEST, "prompt": prompt, "negative_prompt": prompt[::-1]}, ABOUT)
+    metadata = describe({**REQUEST, "prompt": prompt, "negative_prompt": prompt[::-1]}, ABOUT, SIZE)
     assert read_metadata(write(tmp_path, suffix, metadata)) == metadata
 
 
@@ -129,7 +130,7 @@ def test_foreign_reader(tmp_path, suffix, backend):
         "prompt": 'Steps: 9, Seed: 1, Size: 2x2\n狐狸, "x"',
         "schedule": "leading",
     }
-    with Image.open(write(tmp_path, suffix, describe(request, about))) as image:
+    with Image.open(write(tmp_path, suffix, describe(request, about, SIZE))) as image:
         text = image.info["parameters"] if suffix == ".png" else exif_comment(image)
     assert parsed(text) == {
         "Prompt": request["prompt"],
@@ -184,13 +185,13 @@ def chunks(path: Path) -> list[tuple[bytes, bytes]]:
 
 def test_chunks_of_a_png(tmp_path):
     """tEXt where Latin-1 is enough, iTXt where not, both before the pixels."""
-    plain = chunks(write(tmp_path, ".png", describe(REQUEST, ABOUT)))
+    plain = chunks(write(tmp_path, ".png", describe(REQUEST, ABOUT, SIZE)))
     assert [kind for kind, _ in plain] == [b"IHDR", b"tEXt", b"tEXt", b"IDAT", b"IEND"]
     assert plain[1][1].startswith(b"parameters\0a fox, in the snow\nNegative prompt: blurry\nSteps")
     key, text = plain[2][1].split(b"\0")
     assert key == b"sdengine"
     assert json.loads(text) == {"request": REQUEST, "about": ABOUT}
-    wide = chunks(write(tmp_path, ".png", describe({**REQUEST, "prompt": "狐狸"}, ABOUT)))
+    wide = chunks(write(tmp_path, ".png", describe({**REQUEST, "prompt": "狐狸"}, ABOUT, SIZE)))
     assert [kind for kind, _ in wide] == [b"IHDR", b"iTXt", b"iTXt", b"IDAT", b"IEND"]
     assert wide[1][1].startswith(b"parameters\0\0\0\0\0" + "狐狸".encode())
 
@@ -216,7 +217,7 @@ def test_any_values_are_read_back(prompt, negative, model):
 
 def test_half_a_surrogate_pair_does_not_lose_the_picture(tmp_path):
     for suffix in SUFFIXES:
-        path = write(tmp_path, suffix, describe(REQUEST, {**ABOUT, "model": "m\udcff"}))
+        path = write(tmp_path, suffix, describe(REQUEST, {**ABOUT, "model": "m\udcff"}, SIZE))
         assert read_metadata(path).about["model"] == "m\ufffd"
         assert "Model: m\ufffd" in read_metadata(path).parameters
 
@@ -266,7 +267,7 @@ def test_not_a_picture(tmp_path, content):
 
 
 def test_half_a_picture(tmp_path):
-    path = write(tmp_path, ".png", describe(REQUEST, ABOUT))
+    path = write(tmp_path, ".png", describe(REQUEST, ABOUT, SIZE))
     path.write_bytes(path.read_bytes()[:-30])
     with pytest.raises((RequestError, StorageError), match=str(path)) as caught:
         read_metadata(path)

@@ -152,9 +152,9 @@ def test_nan_stops_the_run_and_names_the_step(bundle):
 def test_a_model_of_another_task_is_refused_by_name(bundle, fake):
     facts = replace(bundle.facts, variant="inpainting")
     pipe = Pipeline(replace(bundle, facts=facts), api.EngineSessions(bundle, fake, "f32", None), {})
-    with pytest.raises(RequestError, match="variant 'inpainting'") as caught:
+    with pytest.raises(RequestError, match="an inpainting model, which needs more") as caught:
         pipe(prompt="x")
-    assert "'base'" in caught.value.hint
+    assert "--image and --mask" in caught.value.hint
     assert not fake.calls
 
 

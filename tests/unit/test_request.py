@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from sdengine.engine import schedule, solvers
@@ -28,6 +30,20 @@ BAD = [
     ({"prompt": b"bytes"}, "not text", "decoded"),
     ({"sampler": "dpmp_2m"}, "unknown sampler", "'dpmpp_2m'"),
     ({"schedule": "kerras"}, "unknown schedule", "'karras'"),
+    ({"task": "img2imgs"}, "unknown task", "'img2img'"),
+    ({"strength": 1.5}, "strength is 1.5", "range"),
+    ({"strength": -0.1}, "strength is -0.1", "range"),
+    ({"noise_level": 20.0}, "not a whole number", "0 to 999"),
+    ({"noise_level": 1000}, "noise_level is 1000", "range"),
+    ({"weights": 0.5}, "not a list", "one number for each"),
+    ({"weights": (0.5, float("nan"))}, "weights is nan", "range"),
+    ({"resize": "crop"}, "unknown resize", "fill"),
+    ({"thin_mask": "min"}, "unknown thin-mask", "max"),
+    ({"mask_blur": -1.0}, "mask_blur is -1", "range"),
+    ({"compat": "a1111"}, "unknown compat", "reference"),
+    ({"safety": "on"}, "unknown safety", "block"),
+    ({"noise": "cuda"}, "unknown noise", "torch"),
+    ({"paste": 1}, "paste is 1", "True or False"),
 ]
 
 
@@ -40,14 +56,38 @@ def test_refused_with_a_hint(fields, message, hint):
 
 
 def test_zero_and_empty_are_legal():
-    request = Request(prompt="", guidance=0.0, seed=0).completed((64, 128))
+    request = Request(prompt="", guidance=0.0, seed=0).completed("txt2img", (64, 128))
     assert (request.seed, request.guidance, request.height, request.width) == (0, 0.0, 64, 128)
     assert request.schedule == "uniform"
 
 
+def test_what_is_open_takes_the_tasks_default():
+    upscale = Request(seed=0).completed("upscale", None)
+    assert (upscale.noise_level, upscale.guidance, upscale.strength) == (20, 9.0, None)
+    assert (upscale.width, upscale.height) == (None, None)
+    assert Request(noise_level=0).completed("upscale", None).noise_level == 0
+    assert Request(strength=0.0).completed("img2img", None).strength == 0.0
+
+
+def test_the_references_defaults_by_name():
+    """reference-spec 3.12, and its own sampler and spacing; another sampler brings its own."""
+    old = Request(compat="reference").completed("depth2img", None)
+    assert (old.steps, old.guidance, old.strength) == (50, 9.0, 0.9)
+    assert (old.sampler, old.schedule, old.noise) == ("ddim", "reference", "torch")
+    other = Request(compat="reference", sampler="dpmpp_2m").completed("txt2img", (64, 64))
+    assert other.schedule == "uniform"
+    assert Request(compat="reference").completed("inpaint", None).noise == "numpy"
+
+
+def test_a_field_that_the_task_has_no_use_for_is_refused():
+    with pytest.raises(RequestError, match="txt2img takes no strength") as caught:
+        Request(strength=0.5).completed("txt2img", (64, 64))
+    assert "img2img, inpaint, depth2img" in caught.value.hint
+
+
 def test_round_trip():
-    request = Request(prompt='ä\n"b"', seed=3, width=64)
-    assert Request.from_dict(request.to_dict()) == request
+    request = Request(prompt='ä\n"b"', seed=3, width=64, weights=(0.5, -1))
+    assert Request.from_dict(json.loads(json.dumps(request.to_dict()))) == request
 
 
 def test_a_field_from_elsewhere_is_an_error():

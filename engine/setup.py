@@ -1,0 +1,168 @@
+"""What a run is, before any network is called: its canvas, its schedule, its table.
+
+Everything that can be refused without a network is refused here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from . import canvas as canvases
+from . import schedule, solvers
+from .bundle import ModelFacts
+from .canvas import Canvas
+from .errors import RequestError
+from .given import Given
+from .guidance import Open
+from .inputs import PlacedMask, open_mask, open_picture, place, place_mask
+from .request import Request
+from .schedule import Schedule, Training
+from .table import Table
+from .tasks import Task, Work
+from .tasks.work import Statistics
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A run whose parts fit together. `request` has nothing left open."""
+
+    facts: ModelFacts
+    request: Request
+    given: Given
+    table: Table
+    canvas: Canvas
+    mask: PlacedMask | None
+    warnings: Sequence[str]
+
+    def work(self, open_session: Open, statistics: Statistics) -> Work:
+        return Work(
+            self.facts, self.request, self.given, open_session, self.table, self.canvas,
+            self.mask, statistics,
+        )  # fmt: skip
+
+
+def set_up(task: Task, facts: ModelFacts, request: Request, given: Given) -> Setting:
+    """Raises RequestError; StorageError for a picture that cannot be read."""
+    warnings: list[str] = []
+    _check_extras(task, facts, request, given)
+    canvas = _canvas(task, facts, request, given, warnings)
+    mask = _mask(request, given, canvas) if task.mask else None
+    levels = _levels(task, facts, request, warnings)
+    assert request.sampler is not None
+    assert request.guidance is not None
+    table = solvers.make(request.sampler, levels, facts.prediction, request.eta)
+    table = table.guided(request.guidance)
+    height, width = canvas.size
+    if not task.placed or request.width is not None or request.height is not None:
+        request = replace(request, height=height, width=width)
+    return Setting(facts, request, given, table, canvas, mask, warnings)
+
+
+def _check_extras(task: Task, facts: ModelFacts, request: Request, given: Given) -> None:
+    if request.weights is not None:
+        if task.name != "unclip":
+            raise RequestError(
+                f"{task.name} mixes no pictures and takes no weights",
+                hint="leave weights out; they are for models of picture variations",
+            )
+        if len(request.weights) != len(given.images):
+            raise RequestError(
+                f"{len(request.weights)} weights for {len(given.images)} pictures",
+                hint="give --weight once for each --image, in the same order",
+            )
+    if task.name == "upscale" and (request.width is not None or request.height is not None):
+        raise RequestError(
+            "the upscaler makes four times its picture's size and takes no width or height",
+            hint="resize the picture before, or the result after",
+        )
+
+
+def _canvas(
+    task: Task, facts: ModelFacts, request: Request, given: Given, warnings: list[str]
+) -> Canvas:
+    """Where the picture lies: the size that was asked for or the picture's own, rounded up to what
+    the network takes."""
+    latent = facts.latent
+    if task.placed:
+        scale = latent.factor if task.name == "upscale" else 1
+        multiple = latent.multiple * (1 if scale > 1 else latent.factor)
+        placed = place(
+            open_picture(given.images[0], background=request.background),
+            width=request.width,
+            height=request.height,
+            resize=request.resize,
+            multiple=multiple,
+            least=multiple,
+        )
+        canvas = canvases.around(placed, scale)
+        how = "with its edge repeated, and cropped"
+    else:
+        assert request.height is not None
+        assert request.width is not None
+        multiple = latent.multiple * latent.factor
+        canvas = canvases.blank(request.height, request.width, latent)
+        how = "and cropped at the centre"
+    if canvas.padded:
+        (height, width), inside = canvas.size, canvas.height // multiple
+        warnings.append(
+            f"{width}x{height} is no multiple of {canvas.height // inside}: made at"
+            f" {canvas.width}x{canvas.height} {how}"
+        )
+    return canvas
+
+
+def _mask(request: Request, given: Given, canvas: Canvas) -> PlacedMask:
+    assert given.mask is not None
+    assert canvas.placed is not None
+    picture = open_picture(given.images[0])
+    mask = open_mask(
+        given.mask,
+        (picture.height, picture.width),
+        invert=request.invert_mask,
+        blur=request.mask_blur,
+    )
+    return place_mask(mask, canvas.placed, thin=request.thin_mask)
+
+
+def _levels(task: Task, facts: ModelFacts, request: Request, warnings: list[str]) -> Schedule:
+    assert request.schedule is not None
+    assert request.steps is not None
+    trained = facts.schedule
+    training = Training.scaled_linear(trained.beta_start, trained.beta_end, trained.timesteps)
+    levels = schedule.make(request.schedule, training, request.steps)
+    if len(levels) != request.steps:
+        warnings.append(f"schedule {levels.name!r} runs {len(levels)} steps, not {request.steps}")
+    if request.strength is None:
+        return levels
+    return shortened(levels, request.strength, task.name, request)
+
+
+def shortened(levels: Schedule, strength: float, task: str, request: Request) -> Schedule:
+    """The part of a schedule that is run on a picture.
+
+    A strength of 0.29 in 100 steps is 29 calls; the reference's own arithmetic, in `compat`, makes
+    28 of them. The reference's depth2img never runs its first call, and at strength 1 forgets the
+    picture (reference-spec 3.9).
+    """
+    compat = request.compat == "reference"
+    exact = strength * len(levels)
+    calls = int(exact) if compat else int(np.floor(exact + 1e-9))
+    if calls < 1:
+        raise RequestError(
+            f"strength {strength:g} of {len(levels)} steps leaves no step to run",
+            hint=f"take a strength of at least {1 / len(levels):.2g}, or more steps",
+        )
+    if compat and task == "depth2img" and strength == 1.0:
+        if len(levels) == 1:
+            raise RequestError(
+                "the reference's depth2img runs one step less than asked, and 1 was asked",
+                hint="take 2 steps or more",
+            )
+        tail = levels.tail(len(levels) - 1)
+        return replace(tail, start_scale=0.0, start_noise=1.0)
+    if task == "inpaint" and strength == 1.0:
+        return levels  # out of noise alone, as every implementation has it
+    return levels.tail(calls, above=compat)
