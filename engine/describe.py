@@ -1,14 +1,21 @@
-"""A bundle and a run in plain data, for JSON, and in lines, for people."""
+"""A bundle, a run and a picture in plain data, for JSON, and in lines, for people."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
+
+from . import watermark
 from .bundle import Bundle, ParityRecord
+from .images import Pixels
+from .inputs import open_picture
+from .metadata import read_metadata
 from .request import Timings
 from .spec import Component
 from .weights import read_header
@@ -144,6 +151,66 @@ def _files(files: list[Mapping[str, Any]]) -> str:
     if not files:
         return "no files of its own"
     return f"{len(files)} files, {size(sum(f['bytes'] for f in files))}"
+
+
+def picture_facts(path: Path) -> dict[str, Any]:
+    """What a picture file says of its making, in plain JSON types.
+
+    `mark` is the invisible one: the 32 bits that are read, how many of them are the mark's own, and
+    its text where so many agree that chance does not explain it; None where the picture is too
+    small to hold one. `parameters` is "" and `request` None when the file does not say.
+
+    raises   StorageError, RequestError when the file is not a picture that can be read
+    """
+    said = read_metadata(path)
+    pixels = np.asarray(open_picture(path))
+    return {
+        "path": str(path),
+        "height": pixels.shape[0],
+        "width": pixels.shape[1],
+        "mark": _mark(pixels),
+        "parameters": said.parameters,
+        "request": None if said.request is None else dict(said.request),
+        "about": dict(said.about),
+    }
+
+
+def _mark(pixels: Pixels) -> dict[str, Any] | None:
+    if not watermark.fits(*pixels.shape[:2]):
+        return None
+    bits, text = watermark.decode(pixels)
+    return {
+        "text": text,
+        "bits": "".join(map(str, bits)),
+        "agreeing": watermark.agreeing(bits),
+        "of": len(bits),
+    }
+
+
+def picture_lines(path: Path) -> Iterator[str]:
+    """Size, mark, seed and model; then the text that other tools read, and the whole request."""
+    found = picture_facts(path)
+    about, request = found["about"], found["request"]
+    yield f"{path.name}: {found['width']} x {found['height']} pixels"
+    yield from table(
+        [
+            ("mark", _mark_text(found["mark"])),
+            *([] if request is None else [("seed", str(request.get("seed")))]),
+            *((name, about[name]) for name in about),
+        ]
+    )
+    yield ""
+    said = found["parameters"]
+    yield said if said else "this picture does not say how it was made"
+    if request is not None:
+        yield json.dumps({"request": request}, indent=2, ensure_ascii=False)
+
+
+def _mark_text(mark: Mapping[str, Any] | None) -> str:
+    if mark is None:
+        return "none: the picture is too small to hold one"
+    agreement = f"{mark['agreeing']} of {mark['of']} bits are those of {watermark.TEXT}"
+    return f"{'none found' if mark['text'] is None else mark['text']} ({agreement})"
 
 
 def table(rows: Iterable[tuple[str, str]]) -> Iterator[str]:
