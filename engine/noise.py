@@ -1,7 +1,9 @@
 """Seeded noise: one stream for each image, so that its picture does not depend on the batch.
 
 `torch` re-makes the CPU generator of PyTorch without PyTorch; `numpy` is what the reference's
-inpainting and upscaling scripts draw from. Both stand on MT19937 with its classic seeding.
+inpainting and upscaling scripts draw from; both stand on MT19937 with its classic seeding.
+`philox` is what PyTorch draws on a CUDA device, and AUTOMATIC1111 as its source "NV". A variation
+is the start noise of one seed turned towards that of another.
 
 source      reference-spec 7.1
 checked by  tests/unit/test_noise.py (published values; torch itself)
@@ -19,7 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import RequestError, UnknownName
-from .ports import Floats
+from .philox import philox4x32
+from .ports import Array, Floats
 
 MAX_SEED = 2**32 - 1
 
@@ -126,14 +129,132 @@ class NumpyNoise:
         self._words.set_state(("MT19937", key, pos, *gauss))
 
 
-KINDS: Mapping[str, Callable[[int], NoiseStream]] = {"torch": TorchNoise, "numpy": NumpyNoise}
+class PhiloxNoise:
+    """What `torch.randn(shape, device="cuda")` gives after `torch.manual_seed(seed)`.
+
+    One counter for each element and draw, and one value from each: so it is on a device as long as
+    it has a thread for each element, which it has for latents of usual pictures. Computed in double
+    precision, as AUTOMATIC1111's source "NV" does; a device's float32 was seen 6e-7 away from it.
+
+    raises   RequestError for a seed outside 0 .. 2**32 - 1
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._seed, self._draws = check_seed(seed), 0
+
+    def normal(self, shape: Sequence[int]) -> Floats:
+        """float32 of `shape`, in C order."""
+        draw, zero = np.array([self._draws], np.uint64), np.zeros(1, np.uint64)
+        place = np.arange(math.prod(shape), dtype=np.uint64)
+        height, turn, *_ = philox4x32((draw, zero, place, zero), (self._seed, 0))
+        self._draws += 1
+        radius = np.sqrt(-2.0 * np.log((height + 0.5) * 2.0**-32))
+        out = radius * np.sin((turn + 0.5) * (2.0 * math.pi * 2.0**-32))
+        return np.asarray(out, np.float32).reshape(tuple(shape))
+
+    def snapshot(self) -> dict[str, Any]:
+        return {"kind": "philox", "seed": self._seed, "draws": self._draws}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Raises RequestError for a state that is not one of `snapshot`'s."""
+        numbers = [state.get("seed"), state.get("draws")]
+        words = all(type(n) is int and 0 <= n <= MAX_SEED for n in numbers)
+        if state.get("kind") != "philox" or not words:
+            raise _foreign("philox", state)
+        self._seed, self._draws = state["seed"], state["draws"]
 
 
-def noise_stream(kind: str, seed: int) -> NoiseStream:
-    """A fresh stream. Raises UnknownName, or RequestError for the seed."""
+class VariedNoise:
+    """The first draw of `main`, turned towards the first of `other`; then `main` alone.
+
+    strength    0 is main's own noise, 1 the other's
+    raises      RequestError for a strength outside 0..1
+    """
+
+    def __init__(self, main: NoiseStream, other: NoiseStream, strength: float) -> None:
+        number = isinstance(strength, (int, float)) and not isinstance(strength, bool)
+        if not number or not 0.0 <= strength <= 1.0:
+            raise RequestError(
+                f"variation strength {strength!r}: expected a number from 0 to 1",
+                hint="give --variation-strength 0 (this seed) to 1 (the variation's seed)",
+            )
+        self._main, self._other = main, other
+        self._strength, self._drawn = float(strength), False
+
+    def normal(self, shape: Sequence[int]) -> Floats:
+        """float32 of `shape`, in C order."""
+        own = self._main.normal(shape)
+        if self._drawn:
+            return own
+        self._drawn = True
+        return slerp(own, self._other.normal(shape), self._strength)
+
+    def snapshot(self) -> dict[str, Any]:
+        streams = {"main": self._main.snapshot(), "other": self._other.snapshot()}
+        return {"kind": "varied", "strength": self._strength, "drawn": self._drawn, **streams}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Raises RequestError for a state that is not one of `snapshot`'s."""
+        parts = state.get("main"), state.get("other")
+        facts = state.get("kind"), state.get("strength"), type(state.get("drawn"))
+        if facts != ("varied", self._strength, bool) or not all(isinstance(p, dict) for p in parts):
+            raise _foreign("varied", state)
+        before = self._main.snapshot()
+        self._main.restore(state["main"])
+        try:
+            self._other.restore(state["other"])
+        except RequestError:
+            self._main.restore(before)
+            raise
+        self._drawn = state["drawn"]
+
+
+def slerp(start: Array, end: Array, part: float) -> Floats:
+    """From `start` (part 0) to `end` (part 1) along the arc between them, float32.
+
+    The vectors are those along axis 1, so the columns of each channel of a latent [C, h, w], as
+    AUTOMATIC1111 has it (of an array of one axis: the whole). Where two are nearly parallel or
+    opposed the arc is not defined well, and the straight line takes its place.
+
+    source      Shoemake 1985, "Animating rotation with quaternion curves", section 3.3
+    """
+    axis = min(1, start.ndim - 1)
+    a, b = start.astype(np.float64), end.astype(np.float64)
+    lengths = np.sqrt(_dot(a, a, axis) * _dot(b, b, axis))
+    cosine = _dot(a, b, axis) / np.where(lengths == 0, 1, lengths)
+    straight = np.abs(cosine) > NEARLY_PARALLEL
+    angle = np.where(straight, 1.0, np.arccos(np.clip(cosine, -1.0, 1.0)))
+    near = np.where(straight, 1.0 - part, np.sin((1.0 - part) * angle) / np.sin(angle))
+    far = np.where(straight, part, np.sin(part * angle) / np.sin(angle))
+    return np.asarray(near * a + far * b, np.float32)
+
+
+def _dot(a: Array, b: Array, axis: int) -> Array:
+    return np.asarray((a * b).sum(axis=axis, keepdims=True))
+
+
+NEARLY_PARALLEL = 0.9995  # cosine
+
+KINDS: Mapping[str, Callable[[int], NoiseStream]] = {
+    "torch": TorchNoise,
+    "numpy": NumpyNoise,
+    "philox": PhiloxNoise,
+}
+
+
+def noise_stream(
+    kind: str, seed: int, variation_seed: int | None = None, strength: float = 0.0
+) -> NoiseStream:
+    """A fresh stream; with a variation seed, one whose first draw is turned towards that seed's.
+
+    raises      UnknownName; RequestError for a seed, and for a strength outside 0..1
+    """
     if kind not in KINDS:
         raise UnknownName("noise", kind, KINDS)
-    return KINDS[kind](seed)
+    own = KINDS[kind](seed)
+    if variation_seed is None:
+        return own
+    return VariedNoise(own, KINDS[kind](variation_seed), strength)
 
 
 def check_seed(seed: int) -> int:
@@ -185,9 +306,13 @@ def _parsed(kind: str, state: Mapping[str, Any]) -> tuple[NDArray[np.uint32], in
     except (KeyError, TypeError, ValueError):
         good = False
     if not good:
-        raise RequestError(
-            f"the saved place is not one of a {kind!r} noise stream: "
-            f"found kind {state.get('kind')!r} with {', '.join(sorted(state))}",
-            hint="resume with the noise kind that the run was begun with, or start anew",
-        )
+        raise _foreign(kind, state)
     return key.astype(np.uint32), pos, spare
+
+
+def _foreign(kind: str, state: Mapping[str, Any]) -> RequestError:
+    return RequestError(
+        f"the saved place is not one of a {kind!r} noise stream: "
+        f"found kind {state.get('kind')!r} with {', '.join(sorted(state))}",
+        hint="resume with the noise kind that the run was begun with, or start anew",
+    )
