@@ -174,6 +174,13 @@ def _encode_options(path: Path, metadata: Metadata) -> tuple[str, dict[str, Any]
     return kind, {**options, "exif": block}
 
 
+def write_file(data: bytes, path: Path) -> Path:
+    """Any bytes, written as `save` writes a picture. Raises StorageError."""
+    _make_folder(path.parent)
+    _write(data, path)
+    return path
+
+
 def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -14,30 +15,56 @@ Predict = Callable[[Array, Row], Array]
 Settle = Callable[[Array, Row], Array]
 
 
+@dataclass(frozen=True)
+class State:
+    """Where a run is between two rows: all that its next rows need, and the caller's to keep.
+
+    rows        how many rows are done
+    x           the latent [B, C, h, w]
+    history     [2 * depth, x.size]: the last x and outputs, as the loop's rings hold them
+    """
+
+    rows: int
+    x: Array
+    history: Array
+
+    @classmethod
+    def fresh(cls, table: Table, x: Array) -> State:
+        return cls(0, x, np.zeros((2 * table.depth, x.size), x.dtype))
+
+
 class Step(NamedTuple):
-    """The state after one row.
+    """What one row did.
 
     x       the new latent [B, C, h, w]; the caller's to keep
     before  the latent that the network was given
     out     what the network answered (guided)
+    rings   the loop's own history, which the next row overwrites
     """
 
     row: Row
     x: Array
     before: Array
     out: Array
+    rings: Array
+
+    def state(self) -> State:
+        """A copy from which the run can go on; to be taken before the next step is asked for."""
+        return State(self.row.index + 1, self.x.copy(), self.rings.copy())
 
 
 def denoise(
     table: Table,
     predict: Predict,
-    x: Array,
+    start: Array | State,
     noise: Callable[[], Array] | None = None,
     settle: Settle | None = None,
 ) -> Iterator[Step]:
-    """Run the table's rows from x, in x's dtype (float32; float64 for laws).
+    """Run the table's rows, in the dtype of the first x (float32; float64 for laws).
 
     predict     (x, row) -> out, of x's shape
+    start       the first x; or the State that a run was stopped in, to run the rest of it: with
+                the noise and the predictor as they were, the same run bit for bit
     noise       draws unit noise of x's shape; called once for each row with n != 0, in order
     settle      (x, row) -> x: has the last word on the x after a row (inpainting by blending)
     yields      a Step after each row
@@ -45,11 +72,13 @@ def denoise(
     The histories of x and of outputs are one matrix, a ring in each half, so a row is a product of
     a weight vector with it. Slots not yet written hold zeros and have weight zero.
     """
-    depth, dtype = table.depth, x.dtype
-    history = np.zeros((2 * depth, x.size), dtype)
+    state = start if isinstance(start, State) else State.fresh(table, start)
+    x, depth, dtype = state.x, table.depth, state.x.dtype
+    assert state.history.shape == (2 * depth, x.size), "a state of another table"
+    history = state.history.copy()
     weights = _rolled(table.weights(), depth).astype(dtype)
     fresh = table.n.astype(dtype)
-    for row in table.rows():
+    for row in table.rows()[state.rows :]:
         slot = row.index % depth
         out = predict(x, row)
         history[slot] = x.ravel()
@@ -60,7 +89,7 @@ def denoise(
             after += fresh[row.index] * noise()
         if settle is not None:
             after = settle(after, row)
-        yield Step(row, after, x, out)
+        yield Step(row, after, x, out, history)
         x = after
 
 

@@ -177,3 +177,23 @@ def test_the_picture_file_holds_the_request(pipe, tmp_path):
     assert Request.from_dict(read.request) == made.request
     assert "Seed: 11" in read.parameters
     assert "Steps: 2" in read.parameters
+
+
+def test_a_run_that_the_caller_stops_leaves_the_pipeline_as_it_was(pipe, fake):
+    asked = {"prompt": "a fox", "steps": 4, "seed": 3, "sampler": "plms"}
+    whole = pipe(**asked).pictures[0].latent
+
+    class StopHereError(Exception):
+        pass
+
+    for last in (1, 2, 4):
+        fake.calls.clear()
+
+        def stop(progress, last=last):
+            if progress.step == last:
+                raise StopHereError
+
+        with pytest.raises(StopHereError):
+            pipe(**asked, on_step=stop)
+        assert (fake.calls["unet"], fake.calls["vae_decoder"]) == (last, 0)
+        np.testing.assert_array_equal(pipe(**asked).pictures[0].latent, whole)
