@@ -14,6 +14,7 @@ import gzip
 import html
 import re
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from itertools import islice
@@ -69,25 +70,34 @@ class Tokenizer:
         # The specials follow the last merge in the vocabulary, so the start id counts the merges.
         self._ranks = _read_merges(file, facts.start - 2 * BYTES)
 
+    @property
+    def facts(self) -> TokenizerFacts:
+        return self._facts
+
     def encode(self, text: str) -> Encoded:
         """Ids of one prompt; "" is legal. Raises RequestError for text that is not Unicode."""
+        content, dropped = self.content(text, self._facts.length - 2)
+        return Encoded(self.framed(content), dropped)
+
+    def content(self, text: str, room: int | None = None) -> tuple[list[int], str]:
+        """Ids of a text alone, at most `room` of them, and the cleaned text that did not fit."""
         cleaned = clean(text)
-        room = self._facts.length - 2
         content: list[int] = []
-        dropped = ""
         for word, at in _words(cleaned):
             pieces = self._pieces(word)
-            fits = room - len(content)
+            fits = len(pieces) if room is None else room - len(content)
             content += [piece for piece, _ in pieces[:fits]]
             if len(pieces) > fits:
                 kept_bytes = sum(size for _, size in pieces[:fits])
                 # A character whose bytes are torn apart by the cut counts as dropped.
                 kept = len(word.encode()[:kept_bytes].decode("utf-8", "ignore"))
-                dropped = cleaned[at + kept :]
-                break
+                return content, cleaned[at + kept :]
+        return content, ""
+
+    def framed(self, content: Sequence[int]) -> tuple[int, ...]:
+        """`length` ids: start, content, end, padding."""
         ids = [self._facts.start, *content, self._facts.end]
-        ids += [self._facts.pad] * (self._facts.length - len(ids))
-        return Encoded(tuple(ids), dropped)
+        return (*ids, *[self._facts.pad] * (self._facts.length - len(ids)))
 
     def _pieces(self, word: str) -> list[tuple[int, int]]:
         """(id, bytes of text) of each piece of one word."""
