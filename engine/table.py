@@ -15,9 +15,9 @@ from typing import Literal
 
 import numpy as np
 
-from .schedule import Doubles, Schedule
+from .levels import Doubles
 
-HISTORY = 5  # k = 0..4: what PLMS needs after its extra row
+HISTORY = 5  # k = 0..4: what PLMS needs after its extra row; UniPC of order 3 needs 4
 
 Prediction = Literal["eps", "v"]
 Quantity = Literal["data", "noise"]
@@ -40,6 +40,8 @@ class Table:
     t, px, po, n        [R]
     a, b                [R, HISTORY]: weights of x_(i-k) and m_(i-k)
     alphas, sigmas      [R+1]: level of x before each row, and of the last x
+    intervals           [R, 2]: the two levels, sigma / alpha, between which the row's noise falls,
+                        for a noise source that knows intervals (a Brownian path)
     quantity            what m is
     guidance            [R]: scale of the guidance; 1 means that one half runs
     graphs              [R]: the graph of the network that runs
@@ -55,6 +57,7 @@ class Table:
     n: Doubles
     alphas: Doubles
     sigmas: Doubles
+    intervals: Doubles
     quantity: Quantity
     guidance: Doubles
     graphs: tuple[str, ...]
@@ -66,7 +69,7 @@ class Table:
         shapes = {
             "px": (rows,), "po": (rows,), "n": (rows,), "guidance": (rows,),
             "a": (rows, HISTORY), "b": (rows, HISTORY),
-            "alphas": (rows + 1,), "sigmas": (rows + 1,),
+            "alphas": (rows + 1,), "sigmas": (rows + 1,), "intervals": (rows, 2),
         }  # fmt: skip
         for name, shape in shapes.items():
             assert getattr(self, name).shape == shape, f"{name} must be {shape}"
@@ -119,45 +122,4 @@ def convert(prediction: Prediction, quantity: Quantity, alpha: Doubles, sigma: D
             ("v", "data"): (alpha, -sigma),
             ("v", "noise"): (sigma, alpha),
         }[prediction, quantity]
-    )
-
-
-def _widen(columns: Doubles) -> Doubles:
-    return np.pad(columns, ((0, 0), (0, HISTORY - columns.shape[1])))
-
-
-def assemble(
-    schedule: Schedule,
-    prediction: Prediction,
-    quantity: Quantity,
-    a: Doubles,
-    b: Doubles,
-    n: Doubles | None = None,
-    levels: list[int] | None = None,
-    times: Doubles | None = None,
-) -> Table:
-    """A table from a solver's coefficients.
-
-    a, b        [R, up to HISTORY]
-    levels      index of the schedule's level before each row, and after the last; default 0..N
-    times       what the network is told; default the schedule's timestep of that level
-    """
-    rows = len(a)
-    at = np.arange(rows + 1) if levels is None else np.array(levels)
-    alphas, sigmas = schedule.alphas[at], schedule.sigmas[at]
-    px, po = convert(prediction, quantity, alphas[:-1], sigmas[:-1])
-    return Table(
-        t=schedule.timesteps[at[:-1]] if times is None else times,
-        px=px,
-        po=po,
-        a=_widen(a),
-        b=_widen(b),
-        n=np.zeros(rows) if n is None else n,
-        alphas=alphas,
-        sigmas=sigmas,
-        quantity=quantity,
-        guidance=np.ones(rows),
-        graphs=("full",) * rows,
-        start_noise=schedule.start_noise,
-        start_scale=schedule.start_scale,
     )
