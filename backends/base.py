@@ -3,8 +3,9 @@
 A backend brings two small things: `compile`, which turns one graph into a `Compiled`, and
 `Compiled.open`, which gives a callable for it with some inputs held fixed. The rest is here, so
 that no backend can forget it: what is handed in is checked, a closed session refuses, an engine
-library's exception becomes a BackendError, and a network that was split into `prologue` and `full`
-behaves as one.
+library's exception becomes a BackendError, and a network that was split into `prologue` and step
+graphs behaves as one. Where there are several step graphs, each is compiled when it is first asked
+for: a run holds those alone that it runs.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ from ..engine.errors import (
     BackendUnavailable,
     CorruptPart,
     FeedMismatch,
+    MissingPart,
     SdengineError,
     SessionClosed,
 )
 from ..engine.ports import Array, Probe
-from ..engine.spec import Component, ComponentSpec, Graph, Profile, named_dims
+from ..engine.spec import Component, ComponentSpec, Graph, Profile, named_dims, signature
 from .guard import Guard
 
 Run = Callable[[Mapping[str, Array]], dict[str, Array]]
@@ -51,8 +53,8 @@ class Compiled(Protocol):
 class GraphBackend(ABC):
     """Base of the backends.
 
-    whole   takes a network as it is (torch), not cut into graphs: sees one graph, `full`, with the
-            inputs and outputs of the component
+    whole   takes a network as it is (torch), with no prologue: the graphs that it sees have the
+            inputs of the component, and behind them cached features
     """
 
     name: ClassVar[str]
@@ -66,30 +68,34 @@ class GraphBackend(ABC):
         """Compile or open one graph. What it raises becomes a BackendError."""
 
     def load(self, component: Component, profile: Profile) -> GraphSession:
-        """Raises BackendUnavailable, FeedMismatch (a bad dimension), CorruptPart, BackendError."""
+        """A session that runs `full`; its `graph` gives others.
+
+        Compiled now: the prologue, and the step graph where there is one only. Of several, each is
+        compiled when it is first asked for, or first called.
+        raises  BackendUnavailable, FeedMismatch (a bad dimension), CorruptPart, BackendError
+        """
         self._check(component.spec, profile)
-        network = Network(self.name, component.spec, profile, self._graphs(component), {})
+        network = Network(self, component, profile, self._graphs(component), {})
+        steps = [name for name in network.graphs if name != "prologue"]
         try:
-            for name, graph in network.graphs.items():
-                network.compiled[name] = self.compile(component, graph, profile)
-            return GraphSession(network, {}, {}, owner=True)
-        except Exception as error:
+            if "prologue" in network.graphs:
+                network.part("prologue")
+            if len(steps) == 1:
+                network.part(steps[0])
+            return GraphSession(network, "full", {}, {}, owner=True)
+        except SdengineError:
             network.close()
-            if isinstance(error, SdengineError):
-                raise
-            raise BackendError(
-                f"{self.name} cannot load {component.spec.name} for {profile.label()}: "
-                f"{first_line(error)}",
-                hint="`sdengine inspect --verify` tells whether the bundle is whole, `sdengine "
-                "doctor` which other backends can run",
-            ) from error
+            raise
 
     def _graphs(self, component: Component) -> dict[str, Graph]:
-        """The graphs to compile: `full`, and its `prologue` where there is one."""
-        graphs, spec = component.graphs, component.spec
-        if self.whole:
-            return {"full": replace(graphs["full"], inputs=spec.inputs, outputs=spec.outputs)}
-        return {name: graphs[name] for name in ("prologue", "full") if name in graphs}
+        """The graphs as this backend sees them."""
+        if not self.whole:
+            return dict(component.graphs)
+        specs = {n: signature(component, n) for n in component.graphs if n != "prologue"}
+        return {
+            n: replace(component.graphs[n], inputs=s.inputs, outputs=s.outputs)
+            for n, s in specs.items()
+        }
 
     def _check(self, spec: ComponentSpec, profile: Profile) -> None:
         probe = self.probe()
@@ -116,19 +122,41 @@ class GraphBackend(ABC):
 
 @dataclass
 class Network:
-    """The compiled graphs that all sessions of one load share.
+    """The graphs that all sessions of one load share, and what of them is compiled.
 
     members   the sessions: closing the network must let go of their buffers too
     """
 
-    backend: str
-    spec: ComponentSpec
+    backend: GraphBackend
+    component: Component
     profile: Profile
     graphs: Mapping[str, Graph]
     compiled: dict[str, Compiled]
 
     def __post_init__(self) -> None:
         self.members: weakref.WeakSet[GraphSession] = weakref.WeakSet()
+
+    def part(self, name: str) -> Compiled:
+        """One graph, compiled now if it is not yet. Raises BackendError, CorruptPart."""
+        if name not in self.compiled:
+            backend, component, profile = self.backend, self.component, self.profile
+            try:
+                self.compiled[name] = backend.compile(component, self.graphs[name], profile)
+            except SdengineError:
+                raise
+            except Exception as error:
+                raise BackendError(
+                    f"{backend.name} cannot load {self.named(name)} for {profile.label()}: "
+                    f"{first_line(error)}",
+                    hint="`sdengine inspect --verify` tells whether the bundle is whole, `sdengine "
+                    "doctor` which other backends can run",
+                ) from error
+        return self.compiled[name]
+
+    def named(self, graph: str) -> str:
+        """`unet`, or `unet/shallow1`: for messages."""
+        name = self.component.spec.name
+        return name if graph in ("full", "prologue") else f"{name}/{graph}"
 
     def close(self) -> None:
         for session in list(self.members):
@@ -141,6 +169,7 @@ class Network:
 class GraphSession:
     """A loaded network, or a view of one with some inputs held. One call at a time.
 
+    runs      the graph that a call runs
     held      inputs of the component that are fixed, and the sizes that they fix
     derived   what the prologue gave for them; empty where `held` lacks an input that it takes
     owner     `close` closes the network and every view of it; a view lets go of what it holds
@@ -149,6 +178,7 @@ class GraphSession:
     def __init__(
         self,
         network: Network,
+        runs: str,
         held: Mapping[str, Array],
         derived: Mapping[str, Array],
         *,
@@ -156,17 +186,20 @@ class GraphSession:
         owner: bool = False,
     ) -> None:
         self._network = network
+        self._runs = runs
+        self._spec = signature(network.component, runs)
         self._held = dict(held)
         self._derived = dict(derived)
         self._sizes = {} if sizes is None else dict(sizes)
         self._owner = owner
-        self._guard = Guard(network.spec, network.profile, held.keys(), self._sizes)
-        self._run: Run | None = self._prepare()
+        self._guard = Guard(self._spec, network.profile, held.keys(), self._sizes)
+        ready = runs in network.compiled
+        self._run: Run | None = self._prepare() if ready else self._first
         network.members.add(self)
 
     @property
     def spec(self) -> ComponentSpec:
-        return self._network.spec
+        return self._spec
 
     def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Run once. Results belong to the caller.
@@ -200,7 +233,32 @@ class GraphSession:
             if prologue is not None and not derived and _names(prologue) <= held.keys():
                 run = network.compiled["prologue"].open({})
                 derived = run({n: held[n] for n in _names(prologue)})
-            return GraphSession(network, held, derived, sizes=sizes)
+            return GraphSession(network, self._runs, held, derived, sizes=sizes)
+        except SdengineError:
+            raise
+        except Exception as error:
+            raise self._failed(error) from error
+
+    def graph(self, name: str) -> GraphSession:
+        """A view that runs another graph, and shares what is held and the prologue's results.
+
+        raises  SessionClosed; MissingPart: the bundle has no such graph; BackendError
+        """
+        network = self._network
+        if self._run is None:
+            raise self._closed()
+        if name == "prologue" or name not in network.graphs:
+            steps = ", ".join(n for n in network.graphs if n != "prologue")
+            raise MissingPart(
+                f"{network.component.spec.name} has no graph {name!r}; it has {steps}",
+                hint="`sdengine export BUNDLE --out FOLDER` makes a bundle with all graphs of a "
+                "bundle that lacks some; without a feature cache `full` is enough",
+            )
+        network.part(name)
+        known = {t.name for t in signature(network.component, name).inputs}
+        held = _pick(self._held, known)
+        try:
+            return GraphSession(network, name, held, self._derived, sizes=self._sizes)
         except SdengineError:
             raise
         except Exception as error:
@@ -217,25 +275,30 @@ class GraphSession:
         self._held, self._derived = {}, {}
 
     def _prepare(self) -> Run:
-        """The callable behind this session: `full` alone, or prologue and full in turn."""
-        compiled, graphs = self._network.compiled, self._network.graphs
-        takes = _names(graphs["full"])
-        run_full = compiled["full"].open(_pick(self._held | self._derived, takes))
+        """The callable behind this session: its graph alone, or prologue and graph in turn."""
+        network, graphs = self._network, self._network.graphs
+        takes = _names(graphs[self._runs])
+        run_step = network.part(self._runs).open(_pick(self._held | self._derived, takes))
         if "prologue" not in graphs or self._derived:
-            return run_full
+            return run_step
         first = _names(graphs["prologue"])
-        run_prologue = compiled["prologue"].open(_pick(self._held, first))
+        run_prologue = network.part("prologue").open(_pick(self._held, first))
 
         def both(feeds: Mapping[str, Array]) -> dict[str, Array]:
-            return run_full(_pick(feeds, takes) | run_prologue(_pick(feeds, first)))
+            return run_step(_pick({**feeds, **run_prologue(_pick(feeds, first))}, takes))
 
         return both
+
+    def _first(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """The first call of a session whose graph was not compiled when it was made."""
+        self._run = self._prepare()
+        return self._run(feeds)
 
     def _closed(self) -> SessionClosed:
         network = self._network
         return SessionClosed(
-            f"the session of {self.spec.name} ({network.backend}, {network.profile.label()}) "
-            "was closed",
+            f"the session of {network.named(self._runs)} ({network.backend.name}, "
+            f"{network.profile.label()}) was closed",
             hint="load it again; a session ends with its own `close`, with that of the session it "
             "was bound from, and with the pipeline that owns it",
         )
@@ -243,7 +306,7 @@ class GraphSession:
     def _failed(self, error: Exception) -> BackendError:
         network = self._network
         return BackendError(
-            f"{network.backend} failed while running {self.spec.name} "
+            f"{network.backend.name} failed while running {network.named(self._runs)} "
             f"({network.profile.label()}): {first_line(error)}",
             hint="if memory is short, ask for a smaller size or batch; another backend (`sdengine "
             "doctor` lists them) tells whether the model or the library is at fault",

@@ -3,7 +3,8 @@
 text_encoder   a vector per row that depends on all of its ids
 unet           the exact denoiser for one picture: every right sampler, from any noise and in any
                number of steps, ends at `picture(text)`; or, where `noise` is given, the network
-               for which x stays on the line alpha c + sigma e
+               for which x stays on the line alpha c + sigma e. Its deep features are the picture
+               c, which its shallow graphs take in the place of the text's
 vae_decoder    the first three channels, squashed by tanh, every value a square of pixels
 vae_encoder    its inverse
 """
@@ -19,15 +20,17 @@ import numpy as np
 
 from ..engine.errors import BackendError
 from ..engine.ports import Array, Probe
-from ..engine.spec import Component, Graph, Profile
+from ..engine.spec import Component, Graph, Profile, TensorSpec
 from .base import GraphBackend, Run
+
+Answer = Callable[[Mapping[str, Array], Graph], list[Array]]  # in the order of graph.outputs
 
 FACTOR = 8
 CERTAIN = -30.0  # log-variance: the reference clamps there
 
 
 class Fake(GraphBackend):
-    """calls       component -> how often it ran
+    """calls       component, or component/graph where it is not `full` -> how often it ran
     prediction  what the UNet gives: eps or v
     image       float [C, h, w]: the picture, whatever the text; None: `picture(text)`
     noise       float [C, h, w]: the noise that the UNet sees, whatever x is; None: what x holds
@@ -54,7 +57,7 @@ class Fake(GraphBackend):
         return Probe(True, "known answers, for tests", precisions=("f32", "bf16"))
 
     def compile(self, component: Component, graph: Graph, profile: Profile) -> FakeNetwork:
-        answers: dict[str, Callable[[Mapping[str, Array], Graph], Array]] = {
+        answers: dict[str, Answer] = {
             "text_encoder": _text,
             "unet": self._unet,
             "vae_encoder": _encode,
@@ -65,19 +68,26 @@ class Fake(GraphBackend):
             raise BackendError(
                 f"fake has no answers for {name!r}", hint=f"it has {', '.join(answers)}"
             )
-        return FakeNetwork(name, graph, answers[name], self.calls)
+        label = name if graph.name == "full" else f"{name}/{graph.name}"
+        return FakeNetwork(label, graph, answers[name], self.calls)
 
-    def _unet(self, feeds: Mapping[str, Array], graph: Graph) -> Array:
+    def _unet(self, feeds: Mapping[str, Array], graph: Graph) -> list[Array]:
         x = feeds["sample"][:, : _channels(graph)].astype(np.float64)
         log_alpha = np.interp(
             feeds["timestep"], np.arange(len(self._log_alphas)), self._log_alphas
         )[:, None, None, None]
         alpha, sigma = np.exp(log_alpha), np.sqrt(-np.expm1(2 * log_alpha))
-        text = feeds["encoder_hidden_states"]
-        c = picture(text, x.shape[1:]) if self._image is None else self._image
+        cached = graph.inputs[-1].name
+        if cached.startswith("features"):
+            c = feeds[cached][:, : x.shape[1]].astype(np.float64)
+        elif self._image is None:
+            c = picture(feeds["encoder_hidden_states"], x.shape[1:])
+        else:
+            c = self._image
         e = (x - alpha * c) / sigma if self._noise is None else self._noise
         out = e if self._prediction == "eps" else alpha * e - sigma * c
-        return np.broadcast_to(out, x.shape)
+        deep = [_widened(c, len(x), _size(t, 1)) for t in graph.outputs[1:]]
+        return [np.broadcast_to(out, x.shape), *deep]
 
 
 class FakeNetwork:
@@ -87,7 +97,7 @@ class FakeNetwork:
         self,
         name: str,
         graph: Graph,
-        answer: Callable[[Mapping[str, Array], Graph], Array],
+        answer: Answer,
         calls: Counter[str],
     ) -> None:
         self._name, self._graph, self._answer, self._calls = name, graph, answer, calls
@@ -97,9 +107,11 @@ class FakeNetwork:
 
         def run(feeds: Mapping[str, Array]) -> dict[str, Array]:
             self._calls[self._name] += 1
-            (output,) = self._graph.outputs
-            out = self._answer(fixed | dict(feeds), self._graph)
-            return {output.name: np.array(out, dtype=output.dtype)}
+            results = self._answer(fixed | dict(feeds), self._graph)
+            return {
+                t.name: np.array(value, dtype=t.dtype)
+                for t, value in zip(self._graph.outputs, results, strict=True)
+            }
 
         return run
 
@@ -119,7 +131,14 @@ def picture(text: Array, shape: tuple[int, ...]) -> Array:
     return np.asarray(0.6 * colour.astype(np.float64) + y + x)
 
 
-def _text(feeds: Mapping[str, Array], graph: Graph) -> Array:
+def _widened(c: Array, batch: int, channels: int) -> Array:
+    """A picture [C, h, w], or one for each row, as features: the channels behind C are zero."""
+    features = np.zeros((batch, channels, *c.shape[-2:]), np.float32)
+    features[:, : c.shape[-3]] = c
+    return features
+
+
+def _text(feeds: Mapping[str, Array], graph: Graph) -> list[Array]:
     ids = feeds["input_ids"]
     width = _channels(graph, axis=2)
     rows = []
@@ -127,26 +146,29 @@ def _text(feeds: Mapping[str, Array], graph: Graph) -> Array:
         seed = hashlib.sha256(np.ascontiguousarray(row, dtype="<i8").tobytes()).digest()[:8]
         random = np.random.default_rng(int.from_bytes(seed, "little"))
         rows.append(random.standard_normal((len(row), width)))
-    return np.stack(rows)
+    return [np.stack(rows)]
 
 
-def _decode(feeds: Mapping[str, Array], graph: Graph) -> Array:
+def _decode(feeds: Mapping[str, Array], graph: Graph) -> list[Array]:
     colours = np.tanh(feeds["latent"][:, :3])
-    return colours.repeat(FACTOR, axis=2).repeat(FACTOR, axis=3)
+    return [colours.repeat(FACTOR, axis=2).repeat(FACTOR, axis=3)]
 
 
-def _encode(feeds: Mapping[str, Array], graph: Graph) -> Array:
+def _encode(feeds: Mapping[str, Array], graph: Graph) -> list[Array]:
     image = feeds["image"]
     batch, channels, height, width = image.shape
     squares = image.reshape(batch, channels, height // FACTOR, FACTOR, width // FACTOR, FACTOR)
     mean = np.arctanh(squares.mean(axis=(3, 5)).clip(-0.999, 0.999))
     half = _channels(graph) // 2
     mean = np.concatenate([mean, np.zeros_like(mean[:, : half - channels])], axis=1)
-    return np.concatenate([mean, np.full_like(mean, CERTAIN)], axis=1)
+    return [np.concatenate([mean, np.full_like(mean, CERTAIN)], axis=1)]
 
 
 def _channels(graph: Graph, axis: int = 1) -> int:
-    (output,) = graph.outputs
-    size = output.shape[axis]
-    assert isinstance(size, int), f"axis {axis} of {output} is not fixed"
+    return _size(graph.outputs[0], axis)
+
+
+def _size(tensor: TensorSpec, axis: int) -> int:
+    size = tensor.shape[axis]
+    assert isinstance(size, int), f"axis {axis} of {tensor} is not fixed"
     return size

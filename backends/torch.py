@@ -8,20 +8,27 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 from ..engine.errors import BackendError, CorruptPart
 from ..engine.ports import Array, Probe
-from ..engine.spec import Component, Graph, Precision, Profile
+from ..engine.spec import Component, Graph, Precision, Profile, cut_of
 from . import machine
 from .base import GraphBackend, Run, first_line
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
+
+Answer = Callable[..., "dict[str, Tensor]"]
 
 
 class Torch(GraphBackend):
     name = "torch"
     whole = True
+
+    def __init__(self) -> None:
+        # One network in memory for all its graphs and shapes.
+        self._modules: WeakValueDictionary[tuple[str, ...], nn.Module] = WeakValueDictionary()
 
     def probe(self) -> Probe:
         return self._probe
@@ -43,26 +50,37 @@ class Torch(GraphBackend):
 
     def compile(self, component: Component, graph: Graph, profile: Profile) -> TorchNetwork:
         import torch
-        from safetensors import safe_open
 
         # One setting for the whole process: torch has no other.
         torch.set_num_threads(machine.threads() if profile.threads is None else profile.threads)
-        prefix, build = _builder(component.spec.name)
-        with torch.device("meta"):
-            module = build(component.config)
-        dtype = torch.bfloat16 if profile.precision == "bf16" else torch.float32
-        names = {prefix + name: name for name in module.state_dict()}
-        with safe_open(component.weights, framework="pt") as file:
-            if missing := sorted(set(names) - set(file.keys())):
-                raise CorruptPart(
-                    f"{component.weights} lacks {len(missing)} tensors of {component.spec.name}: "
-                    f"{', '.join(missing[:4])}",
-                    hint="export the bundle again, or copy the file again from where it came",
-                )
-            weights = {short: file.get_tensor(long).to(dtype) for long, short in names.items()}
-        module = module.to_empty(device="cpu")
-        module.load_state_dict(weights, assign=True)
-        return TorchNetwork(module.eval().requires_grad_(False), graph)
+        key = (component.spec.name, str(component.weights), component.key, profile.precision)
+        module = self._modules.get(key)
+        if module is None:
+            module = self._modules[key] = _loaded(component, profile.precision)
+        return TorchNetwork(module, graph)
+
+
+def _loaded(component: Component, precision: Precision) -> nn.Module:
+    """The network with its weights. Raises BackendError, CorruptPart."""
+    import torch
+    from safetensors import safe_open
+
+    prefix, build = _builder(component.spec.name)
+    with torch.device("meta"):
+        module = build(component.config)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    names = {prefix + name: name for name in module.state_dict()}
+    with safe_open(component.weights, framework="pt") as file:
+        if missing := sorted(set(names) - set(file.keys())):
+            raise CorruptPart(
+                f"{component.weights} lacks {len(missing)} tensors of {component.spec.name}: "
+                f"{', '.join(missing[:4])}",
+                hint="export the bundle again, or copy the file again from where it came",
+            )
+        weights = {short: file.get_tensor(long).to(dtype) for long, short in names.items()}
+    module = module.to_empty(device="cpu")
+    module.load_state_dict(weights, assign=True)
+    return module.eval().requires_grad_(False)
 
 
 class TorchNetwork:
@@ -70,13 +88,13 @@ class TorchNetwork:
 
     def __init__(self, module: nn.Module, graph: Graph) -> None:
         self._module: nn.Module | None = module
-        (self._output,) = (t.name for t in graph.outputs)
+        self._graph = graph
 
     def open(self, held: Mapping[str, Array]) -> Run:
         import torch
 
-        module, output = self._module, self._output
-        assert module is not None, "a closed network opens nothing"
+        assert self._module is not None, "a closed network opens nothing"
+        answer = _answer(self._module, self._graph)
         fixed = {name: torch.from_numpy(value) for name, value in held.items()}
 
         def run(feeds: Mapping[str, Array]) -> dict[str, Array]:
@@ -85,13 +103,34 @@ class TorchNetwork:
                 n: torch.from_numpy(v if v.flags.writeable else v.copy()) for n, v in feeds.items()
             }
             with torch.inference_mode():
-                result = module(**fixed, **given)
-            return {output: result.float().contiguous().numpy()}
+                results = answer(**fixed, **given)
+            return {n: x.float().contiguous().numpy() for n, x in results.items()}
 
         return run
 
     def close(self) -> None:
         self._module = None
+
+
+def _answer(module: Any, graph: Graph) -> Answer:
+    """What the module does for this graph, as a function of named tensors."""
+    output, *further = (t.name for t in graph.outputs)
+    kind = graph.name.partition("@")[0]
+
+    def deep(**feeds: Tensor) -> dict[str, Tensor]:
+        out, features = module.deep(**feeds, cuts=[cut_of(n) for n in further])
+        return {output: out, **{n: features[cut_of(n)] for n in further}}
+
+    def shallow(**feeds: Tensor) -> dict[str, Tensor]:
+        cached = graph.inputs[-1].name
+        features = feeds.pop(cached)
+        return {output: module.shallow(**feeds, features=features, cut=cut_of(cached))}
+
+    if kind == "deep":
+        return deep
+    if kind.startswith("shallow"):
+        return shallow
+    return lambda **feeds: {output: module(**feeds)}
 
 
 def _builder(component: str) -> tuple[str, Callable[[Mapping[str, Any]], nn.Module]]:

@@ -215,6 +215,7 @@ class _Graph:
     file: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    macs: int | None = None
 
 
 @dataclass(frozen=True)
@@ -247,6 +248,7 @@ _NAME = fields.matching(r"[a-z][a-z0-9_-]*", "a name of small letters, digits, '
 _GRAPH_NAME = fields.matching(
     r"[a-z][a-z0-9_]*(@[a-z0-9]+)?", "a name such as 'full' or 'full@f16'"
 )
+_SHALLOW = re.compile(r"shallow(\d+)")
 _TENSOR_NAME = fields.matching(r"[A-Za-z_][A-Za-z0-9_.]*", "the name of a tensor")
 _DIM_NAME = fields.matching(r"[A-Za-z_][A-Za-z0-9_]*", "a number, or the name of a dimension")
 _SHA256 = fields.matching(r"[0-9a-f]{64}", "64 hex digits in small letters")
@@ -350,7 +352,9 @@ _COMPONENT = fields.record(
         "graphs": fields.mapping(
             _GRAPH_NAME,
             fields.record(
-                _Graph, {"file": fields.path, "inputs": _tensors(1), "outputs": _tensors(1)}
+                _Graph,
+                {"file": fields.path, "inputs": _tensors(1), "outputs": _tensors(1)},
+                optional={"macs": fields.integer(1)},
             ),
         ),
         "weights": fields.path,
@@ -504,6 +508,28 @@ def _check_signature(name: str, part: _Component) -> None:
         {t.name: t for t in full.outputs},
         {t.name: t for t in part.outputs},
     )
+    _check_cut(where, part)
+
+
+def _check_cut(where: str, part: _Component) -> None:
+    """`deep` is `full` that gives features too; `shallow<k>` takes some of that and features<k>."""
+    full, deep = part.graphs["full"], part.graphs.get("deep")
+    taken, given = ({t.name: t for t in tensors} for tensors in (full.inputs, full.outputs))
+    features: dict[str, TensorSpec] = {}
+    if deep is not None:
+        _check_equal(f"{where}.graphs.deep.inputs", {t.name: t for t in deep.inputs}, taken)
+        features = {t.name: t for t in deep.outputs if t.name not in given}
+        found = {t.name: t for t in deep.outputs}
+        _check_equal(f"{where}.graphs.deep.outputs", found, {**given, **features})
+    for name, graph in part.graphs.items():
+        if (number := _SHALLOW.fullmatch(name)) is None:
+            continue
+        found = {t.name: t for t in graph.inputs}
+        cached = f"features{number[1]}"
+        expected = {**_only(taken, found), cached: features.get(cached)}
+        _check_equal(f"{where}.graphs.{name}.inputs", found, expected)
+        outputs = {t.name: t for t in graph.outputs}
+        _check_equal(f"{where}.graphs.{name}.outputs", outputs, given)
 
 
 def _only(tensors: Mapping[str, TensorSpec], names: Mapping[str, Any]) -> dict[str, TensorSpec]:
@@ -625,7 +651,7 @@ def _component(
 ) -> Component:
     spec = ComponentSpec(name, part.inputs, part.outputs)
     graphs = {
-        n: Graph(n, files[g.file], records[g.file].sha256, g.inputs, g.outputs)
+        n: Graph(n, files[g.file], records[g.file].sha256, g.inputs, g.outputs, g.macs)
         for n, g in part.graphs.items()
     }
     weights_sha256 = records[part.weights].sha256

@@ -53,5 +53,10 @@ class _MeteredSession:
         self._timings.engine += perf_counter() - start
         return _MeteredSession(bound, self._timings)
 
+    def graph(self, name: str) -> Session:
+        """Counted as `load`: the graph may have to be compiled."""
+        with stage(self._timings, "load"):
+            return _MeteredSession(self._session.graph(name), self._timings)
+
     def close(self) -> None:
         self._session.close()

@@ -1,6 +1,8 @@
-"""Classifier-free guidance around the UNet. It knows no solver.
+"""Classifier-free guidance around the UNet, and the features that its shallow rows reuse.
 
-source      Ho & Salimans 2022, arXiv:2207.12598
+It knows no solver. Which graph runs, and in which halves, stands in the table's row.
+
+source      Ho & Salimans 2022, arXiv:2207.12598; Ma et al. 2023 (DeepCache), arXiv:2312.00858
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -16,6 +19,8 @@ from .ports import Array, Session
 from .table import Row
 
 Open = Callable[[str, Mapping[str, int]], Session]
+Half = Literal["both", "uncond", "cond"]
+OUT = "out_sample"
 
 
 @dataclass(frozen=True)
@@ -32,13 +37,26 @@ class Conditions:
     unlabelled: Array | None = None
 
 
-class Guidance:
-    """`predict` for the loop: u + s (c - u), both halves in one call, [unconditional, conditional].
+class Cached(NamedTuple):
+    """Deep features: of which row, and by half. `both` is [2B, C, h, w], unconditional first."""
 
-    open        (component, dims) -> Session
-    uncond      float [B, T, W] text of the unconditional half; None where no row is guided
-    cond        float [B, T, W]
-    A row with guidance 1 runs the conditional half alone: half the cost.
+    row: int
+    halves: Mapping[Half, Mapping[str, Array]]
+
+
+class Guidance:
+    """`predict` for the loop: u + s (c - u), for one batch of pictures.
+
+    open_session  (component, dims) -> Session
+    uncond        float [B, T, W] text of the unconditional half; None where no row is guided
+    cond          float [B, T, W]
+    halves        "together": one call of 2B, [unconditional, conditional]; "apart": two calls of
+                  B, so that rows with and without guidance share one compiled network
+    rescale       phi of Lin et al., 0..1; 0 leaves the guided output as it is
+
+    A row with guidance 1 runs the conditional half alone: half the cost. A row of the graph `deep`
+    keeps its features, and the `shallow<k>` rows behind it take them. A Guidance serves one run:
+    its features never reach another batch.
     """
 
     def __init__(
@@ -47,24 +65,39 @@ class Guidance:
         uncond: Array | None,
         cond: Array,
         conditions: Conditions = Conditions(),
+        *,
+        halves: Literal["together", "apart"] = "together",
+        rescale: float = 0.0,
     ) -> None:
         self._open, self._uncond, self._cond = open_session, uncond, cond
         self._conditions = conditions
-        self._bound: dict[bool, Session] = {}
+        self._guided: tuple[Half, ...] = ("both",) if halves == "together" else ("uncond", "cond")
+        self._rescale = rescale
+        self._bound: dict[Half, Session] = {}
+        self._graphs: dict[tuple[Half, str], Session] = {}
+        self._cached: Cached | None = None
+
+    @property
+    def cached_from(self) -> int | None:
+        """The row whose features are held, None before the first one: a saved run that goes on
+        without them must begin where `presets.check_start` allows it."""
+        return None if self._cached is None else self._cached.row
 
     def __call__(self, x: Array, row: Row) -> Array:
-        both = row.guidance != 1.0
-        session = self._session(both, x)
+        guided = row.guidance != 1.0
+        halves = self._guided if guided else ("cond",)
         beside = self._conditions.channels
-        half = x if beside is None else np.concatenate([x, beside], axis=1)
-        sample = np.concatenate([half, half]) if both else half
-        time = np.full(len(sample), row.t, np.float32)
-        out = session({"sample": sample, "timestep": time})["out_sample"]
-        if both:
-            uncond, out = out[: len(x)], out[len(x) :]
-            out -= uncond
-            out *= row.guidance
-            out += uncond
+        sample = x if beside is None else np.concatenate([x, beside], axis=1)
+        results = {half: self._run(half, sample, row) for half in halves}
+        if row.graph.startswith("deep"):
+            self._cached = Cached(row.index, {h: _features(r) for h, r in results.items()})
+        out = results[halves[-1]][OUT]
+        if guided:
+            if "uncond" in results:
+                uncond, cond = results["uncond"][OUT], out
+            else:
+                uncond, cond = out[: len(x)], out[len(x) :]
+            out = self._combined(uncond, cond, row.guidance)
         flat = out.ravel()
         with np.errstate(over="ignore", invalid="ignore"):
             norm = float(flat @ flat)  # one pass, a few microseconds; NaN and infinity survive it
@@ -76,24 +109,72 @@ class Guidance:
             )
         return out
 
-    def _session(self, both: bool, x: Array) -> Session:
-        """The UNet with the text held fixed, opened when the first row needs it."""
-        if both not in self._bound:
-            if both:
-                assert self._uncond is not None, "a guided row needs the unconditional text"
-                text = np.concatenate([self._uncond, self._cond])
-            else:
-                text = self._cond
-            held = {"encoder_hidden_states": text, **self._labels(both)}
-            dims = {"B": len(text), "h": x.shape[2], "w": x.shape[3]}
-            session = self._open("unet", dims)
-            self._bound[both] = session.bind(held)
-        return self._bound[both]
+    def _run(self, half: Half, sample: Array, row: Row) -> dict[str, Array]:
+        """One call of the row's graph."""
+        x = np.concatenate([sample, sample]) if half == "both" else sample
+        session = self._session(half, row.graph, x)
+        feeds = {"sample": x, "timestep": np.full(len(x), row.t, np.float32)}
+        if row.graph.startswith("shallow"):
+            wanted = session.spec.inputs[-1].name
+            feeds[wanted] = self._features(half, row, len(sample))[wanted]
+        return session(feeds)
 
-    def _labels(self, both: bool) -> dict[str, Array]:
+    def _features(self, half: Half, row: Row, batch: int) -> Mapping[str, Array]:
+        """What the last deep row gave for this half."""
+        cached = self._cached
+        assert cached is not None, f"row {row.index} is shallow, and no deep row ran before it"
+        assert cached.row < row.index, f"features of row {cached.row} are left from another run"
+        if half in cached.halves:
+            return cached.halves[half]
+        assert half == "cond", f"row {row.index} runs more halves than row {cached.row} did"
+        assert "both" in cached.halves, "a deep row runs the conditional half"
+        return {name: x[batch:] for name, x in cached.halves["both"].items()}
+
+    def _combined(self, uncond: Array, cond: Array, scale: float) -> Array:
+        """u + s (c - u); with phi, part of the way back to the deviation of c.
+
+        source      Lin et al. 2023, arXiv:2305.08891, equations 15 and 16
+        """
+        before = _deviation(cond) if self._rescale != 0.0 else None
+        out = cond
+        out -= uncond
+        out *= scale
+        out += uncond
+        if before is not None:
+            phi = np.asarray(self._rescale, out.dtype)
+            out *= phi * (before / _deviation(out)) + (1 - phi)
+        return out
+
+    def _session(self, half: Half, graph: str, x: Array) -> Session:
+        """The UNet with the text held fixed, opened when the first row needs it."""
+        if (half, graph) not in self._graphs:
+            if half not in self._bound:
+                text = self._text(half)
+                held = {"encoder_hidden_states": text, **self._labels(half)}
+                dims = {"B": len(text), "h": x.shape[2], "w": x.shape[3]}
+                self._bound[half] = self._open("unet", dims).bind(held)
+            self._graphs[half, graph] = self._bound[half].graph(graph)
+        return self._graphs[half, graph]
+
+    def _text(self, half: Half) -> Array:
+        if half == "cond":
+            return self._cond
+        assert self._uncond is not None, "a guided row needs the unconditional text"
+        return self._uncond if half == "uncond" else np.concatenate([self._uncond, self._cond])
+
+    def _labels(self, half: Half) -> dict[str, Array]:
         labels, without = self._conditions.labels, self._conditions.unlabelled
         if labels is None:
             return {}
-        if not both:
-            return {"class_labels": labels}
-        return {"class_labels": np.concatenate([labels if without is None else without, labels])}
+        uncond = labels if without is None else without
+        chosen = {"cond": labels, "uncond": uncond}
+        return {"class_labels": np.concatenate([uncond, labels]) if half == "both" else chosen[half]}
+
+
+def _features(results: Mapping[str, Array]) -> dict[str, Array]:
+    return {name: x for name, x in results.items() if name != OUT}
+
+
+def _deviation(x: Array) -> Array:
+    """Of each picture, [B, 1, 1, 1]."""
+    return x.std(axis=(1, 2, 3), keepdims=True)

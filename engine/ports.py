@@ -49,6 +49,14 @@ class Session(Protocol):
         """
         ...
 
+    def graph(self, name: str) -> Session:
+        """This session, what it holds included, running another graph of the network.
+
+        The graph is compiled now, if it is not yet; `spec` says what it takes and gives.
+        Raises MissingPart when the component has no such graph, BackendError.
+        """
+        ...
+
     def close(self) -> None: ...
 
 

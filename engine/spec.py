@@ -59,10 +59,13 @@ def named_dims(tensors: Iterable[TensorSpec]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Graph:
-    """One ONNX file of a component: `full`, `prologue`, later `shallow`.
+    """One ONNX file of a component: `full`, `prologue`, `deep`, `shallow<k>`.
 
     A prologue computes, once per prompt, what the other graphs take as further inputs: tensors of
-    the same names appear in its `outputs` and in their `inputs`.
+    the same names appear in its `outputs` and in their `inputs`. `deep` is `full` that also gives
+    `features<k>`, and `shallow<k>` takes them in the place of all that lies below skip k.
+
+    macs    multiply-adds of one picture's half at the model's native size; None: not counted
     """
 
     name: str
@@ -70,6 +73,7 @@ class Graph:
     sha256: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    macs: int | None = None
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,31 @@ class Component:
     weights_sha256: str
     config: Mapping[str, Any]
     key: str
+
+
+def features_name(cut: int) -> str:
+    """The tensor that `deep` gives and `shallow<cut>` takes."""
+    return f"features{cut}"
+
+
+def cut_of(features: str) -> int:
+    """The reverse of `features_name`."""
+    return int(features.removeprefix("features"))
+
+
+def signature(component: Component, graph: str) -> ComponentSpec:
+    """What a session takes and gives that runs this graph of the component.
+
+    The component's own inputs, and behind them what the graph takes beside these and the results
+    of the prologue: cached features. A graph that the component lacks is a KeyError.
+    """
+    own, chosen = component.spec, component.graphs[graph]
+    if graph == "full":
+        return own
+    prologue = component.graphs.get("prologue")
+    known = {t.name for t in (*own.inputs, *(prologue.outputs if prologue is not None else ()))}
+    further = tuple(t for t in chosen.inputs if t.name not in known)
+    return ComponentSpec(own.name, own.inputs + further, chosen.outputs)
 
 
 @dataclass(frozen=True)

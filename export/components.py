@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..engine.bundle import ModelFacts
-from ..engine.spec import ComponentSpec, TensorSpec
+from ..engine.spec import ComponentSpec, TensorSpec, features_name
 from .modules.text import PREFIX as TEXT
 from .modules.text import TextConfig, TextEncoder
 from .modules.unet import PREFIX as UNET
@@ -33,6 +33,8 @@ class Part:
     build       the module, on torch's current default device
     multiples   dimension -> what its size is a multiple of
     hoisted     inputs that stay the same for all steps of a run
+    features    where the network can be cut: what `deep` gives and `shallow<k>` takes
+    native      sizes of the step's named dimensions, for one picture of the model's own size
     """
 
     spec: ComponentSpec
@@ -41,6 +43,8 @@ class Part:
     build: Callable[[], nn.Module]
     multiples: Mapping[str, int]
     hoisted: tuple[str, ...] = ()
+    features: tuple[TensorSpec, ...] = ()
+    native: Mapping[str, int] | None = None
 
     @property
     def name(self) -> str:
@@ -62,6 +66,7 @@ def parts(facts: ModelFacts, configs: Configs) -> tuple[Part, ...]:
     unet = UNetConfig.from_ldm(configs["unet"])
     vae = VAEConfig.from_ldm(configs["vae"])
     side, latent = facts.latent.factor, facts.latent.channels
+    height, width = (s // side for s in facts.native_size)
     hidden = _floats("encoder_hidden_states", "B", text.context_length, unet.context_dim)
     return (
         Part(
@@ -91,6 +96,8 @@ def parts(facts: ModelFacts, configs: Configs) -> tuple[Part, ...]:
             lambda: UNet(unet),
             {"h": facts.latent.multiple, "w": facts.latent.multiple},
             hoisted=("encoder_hidden_states",),
+            features=_features(unet),
+            native={"B": 1, "h": height, "w": width},
         ),
         Part(
             ComponentSpec(
@@ -119,6 +126,17 @@ def parts(facts: ModelFacts, configs: Configs) -> tuple[Part, ...]:
 
 def _floats(name: str, *shape: int | str) -> TensorSpec:
     return TensorSpec(name, "float32", shape)
+
+
+def _features(unet: UNetConfig) -> tuple[TensorSpec, ...]:
+    """One for each skip of the first level: deeper ones would spare a step next to nothing.
+
+    What meets the innermost of them comes up from the second level, and is as wide as that.
+    """
+    last = unet.num_res_blocks
+    level = [0] * last + [min(1, len(unet.channel_mult) - 1)]
+    widths = [unet.model_channels * unet.channel_mult[i] for i in level]
+    return tuple(_floats(features_name(k), "B", c, "h", "w") for k, c in enumerate(widths))
 
 
 def _labels(unet: UNetConfig) -> tuple[TensorSpec, ...]:

@@ -1,6 +1,6 @@
-"""The graphs of one component: traced, bound to their weights, cleaned, split; each step judged.
+"""The graphs of one component: traced, bound to weights, cleaned, split, cut; each step judged.
 
-checked by  tests/parity/test_graphs.py
+checked by  tests/parity/test_graphs.py, tests/parity/test_cut.py
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import onnx_ir as ir
 from ..engine.spec import Component, Graph
 from ..engine.weights import read_header
 from .components import Part
+from .graph.count import multiply_adds
+from .graph.cut import cut
 from .graph.hoist import hoist
 from .graph.tidy import tidy
 from .graph.tools import save, specs
@@ -53,7 +55,7 @@ def build_graphs(part: Part, place: Place, judge: Judge) -> Component:
         judge(_saved(part, place, clean), "tidied")
     split = hoist(clean["full"], part.hoisted)
     final = clean if split is None else {"prologue": split.prologue, "full": split.rest}
-    component = _saved(part, place, final)
+    component = _saved(part, place, {**final, **cut(final["full"], part.features)})
     judge(component, "")
     return component
 
@@ -66,7 +68,8 @@ def _saved(part: Part, place: Place, models: Models) -> Component:
         save(model, path)
         sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
         inputs, outputs = specs(model.graph.inputs), specs(model.graph.outputs)
-        graphs[name] = Graph(name, path, sha256, inputs, outputs)
+        macs = None if part.native is None else multiply_adds(model, part.native)
+        graphs[name] = Graph(name, path, sha256, inputs, outputs, macs)
     return _keyed(
         Component(part.spec, graphs, place.weights, place.weights_sha256, part.config, key="")
     )

@@ -6,7 +6,7 @@ checked by  tests/parity/test_parity.py
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +14,8 @@ import numpy as np
 from ..engine.bundle import ParityRecord
 from ..engine.errors import ParityFailure
 from ..engine.ports import Array, Backend
-from ..engine.spec import Component, Precision, Profile
-from .record import Case, free_memory
+from ..engine.spec import Component, ComponentSpec, Precision, Profile, signature
+from .record import NATIVE, Case, free_memory
 
 
 @dataclass(frozen=True)
@@ -90,12 +90,48 @@ def judge(
     stage: str = "",
     keep: OnFailure,
 ) -> list[ParityRecord]:
-    """Run the component on recorded inputs, and say how far from the reference it is.
+    """Run each graph of the component on recorded inputs: how far from the reference it is.
 
     stage       what was last done to the graph, when it is not finished yet
     keep        writes what is needed to repeat a failure, and returns where
     raises      ParityFailure at the first case that misses the gate; BackendError
     """
+    records: list[ParityRecord] = []
+    for graph in component.graphs:
+        if graph == "prologue":
+            continue
+        alone = _alone(component, graph)
+        # The others are cut from `full`, which was judged at native size: small cases are enough.
+        chosen = [c for c in cases if graph == "full" or c.name != NATIVE]
+        fitting = [_fitting(case, alone.spec) for case in chosen]
+        records += _judge_graph(alone, graph, backend, precision, fitting, gate, stage, keep)
+    return records
+
+
+def _alone(component: Component, graph: str) -> Component:
+    """A component of which this is the only step graph, `full`."""
+    kept = {n: g for n, g in component.graphs.items() if n == "prologue"}
+    kept["full"] = component.graphs[graph]
+    return replace(component, spec=signature(component, graph), graphs=kept)
+
+
+def _fitting(case: Case, spec: ComponentSpec) -> Case:
+    """The case for one graph: features are results of `deep` and feeds of `shallow<k>`."""
+    known = {**case.outputs, **case.feeds}
+    feeds = {t.name: known[t.name] for t in spec.inputs}
+    return Case(case.name, feeds, {t.name: known[t.name] for t in spec.outputs})
+
+
+def _judge_graph(
+    component: Component,
+    graph: str,
+    backend: Backend,
+    precision: Precision,
+    cases: Sequence[Case],
+    gate: Gate,
+    stage: str,
+    keep: OnFailure,
+) -> list[ParityRecord]:
     records: list[ParityRecord] = []
     for dims, group in _by_dims(component, cases):
         free_memory()  # what tracing, or the run before, has left: the next network may need it all
@@ -104,7 +140,7 @@ def judge(
             for case in group:
                 results = session(case.feeds)
                 verdicts = [
-                    _verdict(component, backend, precision, case, name, results[name], gate, stage)
+                    _verdict(component, graph, backend, precision, case, name, results, gate, stage)
                     for name in case.outputs
                 ]
                 records += [v.record for v in verdicts]
@@ -120,19 +156,20 @@ def judge(
 
 def _verdict(
     component: Component,
+    graph: str,
     backend: Backend,
     precision: Precision,
     case: Case,
     output: str,
-    result: Array,
+    results: Mapping[str, Array],
     gate: Gate,
     stage: str,
 ) -> Verdict:
     reference = case.outputs[output]
-    found = distance(reference, result)
+    found = distance(reference, results[output])
     record = ParityRecord(
         component=component.spec.name,
-        graph="full",
+        graph=graph,
         runtime=backend.name,
         precision=precision,
         case=f"{case.name} ({stage})" if stage else case.name,
@@ -147,9 +184,10 @@ def _verdict(
 def _failure(verdict: Verdict, folder: Path) -> ParityFailure:
     r = verdict.record
     what = verdict.fault if verdict.fault else f"max abs {r.max_abs:.3g}, PSNR {r.psnr_db} dB"
+    who = r.component if r.graph == "full" else f"{r.component}/{r.graph}"
     other = "" if r.precision == "f32" else "; `--precision f32` exports without " + r.precision
     return ParityFailure(
-        f"{r.component} on {r.runtime} in {r.precision}, case {r.case}, output {r.output}: {what}; "
+        f"{who} on {r.runtime} in {r.precision}, case {r.case}, output {r.output}: {what}; "
         f"required: {r.gate}. Nothing was saved",
         hint=f"repeat it with `python -m sdengine.export.repro {folder}`; that folder holds the "
         f"inputs, both outputs and the graph{other}",

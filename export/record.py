@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..engine.bundle import ModelFacts
 from ..engine.ports import Array
-from ..engine.spec import ComponentSpec
+from ..engine.spec import ComponentSpec, cut_of, features_name
 from .components import Part
 from .weights_file import read_weights
 
@@ -44,6 +44,7 @@ class Case:
     """Inputs of one network, and what torch makes of them in float32.
 
     name        `early`, `middle`, `late`, `prompts`, `picture`; `native` at the model's own size
+    outputs     the deep features of the UNet too: a shallow graph is fed with them
     """
 
     name: str
@@ -136,10 +137,17 @@ def free_memory() -> None:
 
 
 def run(part: Part, network: nn.Module, name: str, feeds: Feeds) -> Case:
-    """One pass of a network with one output."""
+    """One pass of a network with one output, its deep features beside that."""
     with torch.inference_mode():
-        result: Tensor = network(**{k: torch.from_numpy(v) for k, v in feeds.items()})
-    return Case(name, feeds, {part.spec.outputs[0].name: result.numpy()})
+        given = {k: torch.from_numpy(v) for k, v in feeds.items()}
+        features: dict[int, Tensor] = {}
+        if part.features:
+            cuts = [cut_of(t.name) for t in part.features]
+            result, features = network.deep(**given, cuts=cuts)  # type: ignore[operator]
+        else:
+            result = network(**given)
+    outputs = {part.spec.outputs[0].name: result.numpy()}
+    return Case(name, feeds, outputs | {features_name(k): x.numpy() for k, x in features.items()})
 
 
 def _sample(

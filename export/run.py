@@ -324,6 +324,7 @@ def _described(folder: Path, component: Component) -> dict[str, Any]:
                 "file": g.path.relative_to(folder).as_posix(),
                 "inputs": write.tensors(g.inputs),
                 "outputs": write.tensors(g.outputs),
+                **({} if g.macs is None else {"macs": g.macs}),
             }
             for name, g in component.graphs.items()
         },

@@ -9,7 +9,7 @@ checked by  tests/golden/test_networks.py (unet_*), tests/golden/test_key_lists.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, Self
@@ -352,16 +352,74 @@ class UNet(nn.Module):
         encoder_hidden_states: Tensor,
         class_labels: Tensor | None = None,
     ) -> Tensor:
-        dtype = self.dtype
+        emb, context, x = self._begin(sample, timestep, encoder_hidden_states, class_labels)
+        skips = self._down(x, emb, context, len(self.input_blocks))
+        return self._up(self.middle_block(skips[-1], emb, context), skips, emb, context)
+
+    def deep(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        class_labels: Tensor | None = None,
+        *,
+        cuts: Collection[int],
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """What `forward` returns, and for each cut k what `shallow` needs: the features that meet
+        skip k, [B, C, h, w] at the latent's own resolution (k at most num_res_blocks).
+
+        source      Ma et al. 2023, DeepCache, arXiv:2312.00858, section 3.2
+        """
+        features: dict[int, Tensor] = {}
+        emb, context, x = self._begin(sample, timestep, encoder_hidden_states, class_labels)
+        skips = self._down(x, emb, context, len(self.input_blocks))
+        x = self.middle_block(skips[-1], emb, context)
+        out = self._up(x, skips, emb, context, features)
+        return out, {cut: features[cut] for cut in cuts}
+
+    def shallow(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        class_labels: Tensor | None = None,
+        *,
+        features: Tensor,
+        cut: int,
+    ) -> Tensor:
+        """As `forward`, with the features of `deep` in the place of all that lies below the cut:
+        input blocks 0..cut and the last cut + 1 output blocks run."""
+        emb, context, x = self._begin(sample, timestep, encoder_hidden_states, class_labels)
+        skips = self._down(x, emb, context, cut + 1)
+        return self._up(cast(features, self.dtype), skips, emb, context)
+
+    def _begin(
+        self, sample: Tensor, timestep: Tensor, text: Tensor, class_labels: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Time embedding, text and sample, in the dtype of the weights."""
         emb = self.embed(timestep, class_labels)
-        context = cast(encoder_hidden_states, dtype)
-        x = cast(sample, dtype)
+        return emb, cast(text, self.dtype), cast(sample, self.dtype)
+
+    def _down(self, x: Tensor, emb: Tensor, context: Tensor, count: int) -> list[Tensor]:
+        """The results of the first input blocks."""
         skips = []
-        for stage in self.input_blocks:
+        for stage in list(self.input_blocks)[:count]:
             x = stage(x, emb, context)
             skips.append(x)
-        x = self.middle_block(x, emb, context)
-        for stage in self.output_blocks:
+        return skips
+
+    def _up(
+        self,
+        x: Tensor,
+        skips: list[Tensor],
+        emb: Tensor,
+        context: Tensor,
+        features: dict[int, Tensor] | None = None,
+    ) -> Tensor:
+        """The output blocks that these skips belong to; `features` is given what meets skip k."""
+        for stage in list(self.output_blocks)[-len(skips) :]:
+            if features is not None:
+                features[len(skips) - 1] = x
             x = stage(torch.cat([x, skips.pop()], dim=1), emb, context)
         out: Tensor = self.out(x)
         return out

@@ -46,6 +46,10 @@ class TorchSession:
         bound.fixed = {**self.fixed, **feeds}
         return bound
 
+    def graph(self, name):
+        assert name == "full", "the whole network runs here"
+        return self
+
     def __call__(self, feeds):
         import torch
 

@@ -174,5 +174,7 @@ def test_a_target_is_added_without_copying(mini, copy):
     assert handle.read(8)
     handle.close()
     assert sorted(p.name for p in copy.parent.iterdir()) == ["mini"]
-    subjects = [(r.component, r.runtime, r.precision, r.case) for r in after.parity]
+    subjects = [
+        (r.component, r.graph, r.runtime, r.precision, r.case, r.output) for r in after.parity
+    ]
     assert len(subjects) == len(set(subjects))
