@@ -526,7 +526,9 @@ def _check_cut(where: str, part: _Component) -> None:
             continue
         found = {t.name: t for t in graph.inputs}
         cached = f"features{number[1]}"
-        expected = {**_only(taken, found), cached: features.get(cached)}
+        if cached not in features:
+            fields.refuse(f"{where}.graphs.{name}", f"a graph `deep` that gives {cached}", name)
+        expected = {**_only(taken, found), cached: features[cached]}
         _check_equal(f"{where}.graphs.{name}.inputs", found, expected)
         outputs = {t.name: t for t in graph.outputs}
         _check_equal(f"{where}.graphs.{name}.outputs", outputs, given)

@@ -168,7 +168,9 @@ class Guidance:
             return {}
         uncond = labels if without is None else without
         chosen = {"cond": labels, "uncond": uncond}
-        return {"class_labels": np.concatenate([uncond, labels]) if half == "both" else chosen[half]}
+        return {
+            "class_labels": np.concatenate([uncond, labels]) if half == "both" else chosen[half]
+        }
 
 
 def _features(results: Mapping[str, Array]) -> dict[str, Array]:
@@ -177,4 +179,4 @@ def _features(results: Mapping[str, Array]) -> dict[str, Array]:
 
 def _deviation(x: Array) -> Array:
     """Of each picture, [B, 1, 1, 1]."""
-    return x.std(axis=(1, 2, 3), keepdims=True)
+    return np.asarray(x.std(axis=(1, 2, 3), keepdims=True))
