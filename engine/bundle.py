@@ -249,6 +249,7 @@ _GRAPH_NAME = fields.matching(
     r"[a-z][a-z0-9_]*(@[a-z0-9]+)?", "a name such as 'full' or 'full@f16'"
 )
 _SHALLOW = re.compile(r"shallow(\d+)")
+_FEATURES = re.compile(r"features\d+")
 _TENSOR_NAME = fields.matching(r"[A-Za-z_][A-Za-z0-9_.]*", "the name of a tensor")
 _DIM_NAME = fields.matching(r"[A-Za-z_][A-Za-z0-9_]*", "a number, or the name of a dimension")
 _SHA256 = fields.matching(r"[0-9a-f]{64}", "64 hex digits in small letters")
@@ -512,7 +513,8 @@ def _check_signature(name: str, part: _Component) -> None:
 
 
 def _check_cut(where: str, part: _Component) -> None:
-    """`deep` is `full` that gives features too; `shallow<k>` takes some of that and features<k>."""
+    """`deep` is `full` and gives features; `shallow<k>` takes features<k>, and of the prologue's
+    results those that it needs."""
     full, deep = part.graphs["full"], part.graphs.get("deep")
     taken, given = ({t.name: t for t in tensors} for tensors in (full.inputs, full.outputs))
     features: dict[str, TensorSpec] = {}
@@ -521,6 +523,8 @@ def _check_cut(where: str, part: _Component) -> None:
         features = {t.name: t for t in deep.outputs if t.name not in given}
         found = {t.name: t for t in deep.outputs}
         _check_equal(f"{where}.graphs.deep.outputs", found, {**given, **features})
+        if odd := [n for n in features if not _FEATURES.fullmatch(n)]:
+            fields.refuse(f"{where}.graphs.deep.outputs", "further ones called features<k>", odd)
     for name, graph in part.graphs.items():
         if (number := _SHALLOW.fullmatch(name)) is None:
             continue
@@ -528,7 +532,8 @@ def _check_cut(where: str, part: _Component) -> None:
         cached = f"features{number[1]}"
         if cached not in features:
             fields.refuse(f"{where}.graphs.{name}", f"a graph `deep` that gives {cached}", name)
-        expected = {**_only(taken, found), cached: features[cached]}
+        own = {t.name: t for t in part.inputs if t.name in taken}
+        expected = {**_only(taken, found), **own, cached: features[cached]}
         _check_equal(f"{where}.graphs.{name}.inputs", found, expected)
         outputs = {t.name: t for t in graph.outputs}
         _check_equal(f"{where}.graphs.{name}.outputs", outputs, given)

@@ -106,16 +106,18 @@ def cut_of(features: str) -> int:
 def signature(component: Component, graph: str) -> ComponentSpec:
     """What a session takes and gives that runs this graph of the component.
 
-    The component's own inputs, and behind them what the graph takes beside these and the results
-    of the prologue: cached features. A graph that the component lacks is a KeyError.
+    The component's own tensors, and behind them what the graph takes and gives beside these and
+    the results of the prologue: cached features. A graph that it lacks is a KeyError.
     """
     own, chosen = component.spec, component.graphs[graph]
-    if graph == "full":
-        return own
     prologue = component.graphs.get("prologue")
-    known = {t.name for t in (*own.inputs, *(prologue.outputs if prologue is not None else ()))}
-    further = tuple(t for t in chosen.inputs if t.name not in known)
-    return ComponentSpec(own.name, own.inputs + further, chosen.outputs)
+    given = () if prologue is None else prologue.outputs
+    known = {t.name for t in (*own.inputs, *own.outputs, *given)}
+    inputs, outputs = (
+        tuple(t for t in tensors if t.name not in known)
+        for tensors in (chosen.inputs, chosen.outputs)
+    )
+    return ComponentSpec(own.name, own.inputs + inputs, own.outputs + outputs)
 
 
 @dataclass(frozen=True)

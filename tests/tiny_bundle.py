@@ -44,6 +44,7 @@ HIDDEN = tensor("encoder_hidden_states", "B", 77, 8)
 SAMPLE = tensor("sample", "B", 4, "h", "w")
 TIMESTEP = tensor("timestep", "B")
 OUT = tensor("out_sample", "B", 4, "h", "w")
+FEATURES = tensor("features0", "B", 6, "h", "w")
 
 
 def component(
@@ -71,7 +72,7 @@ def manifest() -> dict[str, Any]:
     hidden = tensor("last_hidden_state", "B", 77, 8)
     image = tensor("image", "B", 3, "H", "W")
     moments, latent = tensor("moments", "B", 8, "h", "w"), tensor("latent", "B", 4, "h", "w")
-    return {
+    made = {
         "format": 1,
         "producer": {"sdengine": "0.1.0", "torch": "2.14.1"},
         "model": {
@@ -108,7 +109,12 @@ def manifest() -> dict[str, Any]:
                 "unet",
                 [SAMPLE, TIMESTEP, HIDDEN],
                 [OUT],
-                {"prologue": ([HIDDEN], [KEYS]), "full": ([SAMPLE, TIMESTEP, KEYS], [OUT])},
+                {
+                    "prologue": ([HIDDEN], [KEYS]),
+                    "full": ([SAMPLE, TIMESTEP, KEYS], [OUT]),
+                    "deep": ([SAMPLE, TIMESTEP, KEYS], [OUT, FEATURES]),
+                    "shallow0": ([SAMPLE, TIMESTEP, FEATURES], [OUT]),
+                },
             ),
             "vae_encoder": simple(
                 "vae_encoder",
@@ -138,6 +144,8 @@ def manifest() -> dict[str, Any]:
             }
         ],
     }
+    made["components"]["unet"]["graphs"]["deep"]["macs"] = 1200
+    return made
 
 
 def vocabulary() -> bytes:

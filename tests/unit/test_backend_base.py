@@ -16,6 +16,7 @@ from sdengine.engine.errors import (
     BackendUnavailable,
     CorruptPart,
     FeedMismatch,
+    MissingPart,
     SessionClosed,
 )
 from sdengine.engine.ports import Probe
@@ -246,3 +247,120 @@ def test_nothing_is_printed(capfd, caplog):
     with caplog.at_level(logging.DEBUG):
         Numpy().load(component(), Profile())(FEEDS)
     assert capfd.readouterr() == ("", "")
+
+
+# Several step graphs
+
+DEEP = TensorSpec("features0", "float32", ("B", 3))
+CUT = {
+    **DOUBLE,
+    "deep": ((X, N, SUM), (Y, DEEP)),
+    "shallow0": ((X, N, DEEP), (Y,)),
+}
+
+
+class Cut(Numpy):
+    """Its deep features are the sum of the text: shallow0 gives y without looking at the text."""
+
+    def compile(self, component, graph, profile):
+        part = super().compile(component, graph, profile)
+        if graph.name not in ("deep", "shallow0"):
+            return part
+        return CutPart(self, graph)
+
+
+class CutPart(Part):
+    def open(self, held):
+        def run(feeds):
+            self.owner.ran.append(self.graph.name)
+            given = {**held, **feeds}
+            assert set(given) == {t.name for t in self.graph.inputs}
+            deep = given.get("features0")
+            if deep is None:
+                total = given["sum"] if "sum" in given else given["text"].sum(1)
+                deep = np.repeat(total[:, None], 3, axis=1)
+            y = given["x"] * given["n"][:, None].astype("f4") + deep
+            return {t.name: {"y": y, "features0": deep}[t.name] for t in self.graph.outputs}
+
+        return run
+
+
+def test_a_step_graph_is_compiled_when_it_is_asked_for():
+    backend = Cut()
+    session = backend.load(component(CUT), Profile())
+    assert backend.compiled == ["prologue"]
+    view = session.bind({"text": FEEDS["text"]})
+    deep = view.graph("deep")
+    assert backend.compiled == ["prologue", "deep"]
+    found = deep(REST)
+    np.testing.assert_array_equal(found["y"], ANSWER)
+    shallow = view.graph("shallow0")
+    np.testing.assert_array_equal(shallow({**REST, "features0": found["features0"]})["y"], ANSWER)
+    assert backend.compiled == ["prologue", "deep", "shallow0"], "full is not, and need not be"
+    assert backend.ran == ["prologue", "deep", "shallow0"], "the prologue ran once, for both"
+    view.graph("deep")
+    np.testing.assert_array_equal(session(FEEDS)["y"], ANSWER)
+    assert backend.compiled == ["prologue", "deep", "shallow0", "full"]
+    assert backend.ran[3:] == ["prologue", "full"]
+
+
+def test_graphs_of_an_unbound_session_and_of_a_view_of_a_graph():
+    session = Cut().load(component(CUT), Profile({"B": 2}))
+    features = session.graph("deep")(FEEDS)["features0"]
+    shallow = session.graph("shallow0")
+    np.testing.assert_array_equal(shallow({**FEEDS, "features0": features})["y"], ANSWER)
+    held = shallow.bind({"features0": features, "text": FEEDS["text"]})
+    np.testing.assert_array_equal(held(REST)["y"], ANSWER)
+    np.testing.assert_array_equal(held.graph("full")(REST)["y"], ANSWER)
+
+
+def test_a_graph_says_what_it_takes_and_gives():
+    session = Cut().load(component(CUT), Profile({"B": 2}))
+    assert [t.name for t in session.graph("deep").spec.outputs] == ["y", "features0"]
+    shallow = session.graph("shallow0")
+    assert [t.name for t in shallow.spec.inputs] == ["x", "n", "text", "features0"]
+    with pytest.raises(FeedMismatch, match="'features0' is missing"):
+        shallow(FEEDS)
+    with pytest.raises(FeedMismatch, match=r"'features0' has shape \[1, 3\], expected \[2, 3\]"):
+        shallow({**FEEDS, "features0": np.ones((1, 3), np.float32)})
+    with pytest.raises(FeedMismatch, match="unknown input 'features0'"):
+        session({**FEEDS, "features0": np.ones((2, 3), np.float32)})
+
+
+def test_a_backend_that_takes_networks_whole_sees_features_too():
+    class Whole(Cut):
+        whole = True
+
+    backend = Whole()
+    view = backend.load(component(CUT), Profile()).bind({"text": FEEDS["text"]})
+    features = view.graph("deep")(REST)["features0"]
+    np.testing.assert_array_equal(features[:, 0], FEEDS["text"].sum(1))
+    assert backend.compiled == ["deep"]
+
+
+@pytest.mark.parametrize("name", ["shallow0", "deep", "prologue", "fully"])
+def test_a_graph_that_the_bundle_lacks(name):
+    session = Numpy().load(component(), Profile())
+    with pytest.raises(MissingPart, match=f"net has no graph '{name}'; it has full") as caught:
+        session.graph(name)
+    assert "sdengine export BUNDLE --out FOLDER" in caught.value.hint
+
+
+def test_a_library_that_fails_at_a_later_graph():
+    backend = Cut(fail_on=("compile", "deep"))
+    session = backend.load(component(CUT), Profile())
+    with pytest.raises(BackendError, match="numpy cannot load net/deep for f32: Check 'x'"):
+        session.graph("deep")
+    np.testing.assert_array_equal(session(FEEDS)["y"], ANSWER)
+    session.close()
+    assert sorted(backend.closed) == ["full", "prologue"]
+    with pytest.raises(SessionClosed, match="was closed"):
+        session.graph("deep")
+
+
+def test_closing_reaches_the_views_of_all_graphs():
+    session = Cut().load(component(CUT), Profile())
+    view = session.bind({"text": FEEDS["text"]}).graph("deep")
+    session.close()
+    with pytest.raises(SessionClosed, match=r"net/deep \(numpy, f32\) was closed"):
+        view(REST)

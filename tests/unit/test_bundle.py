@@ -109,6 +109,8 @@ def test_a_valid_bundle_opens_with_its_facts(bundle: Path) -> None:
     assert unet.spec.input("timestep") == TensorSpec("timestep", "float32", ("B",))
     assert unet.spec.dims == ("B", "h", "w")
     assert unet.graphs["prologue"].path.read_bytes() == b"graph unet/prologue.onnx"
+    assert [t.name for t in unet.graphs["deep"].outputs] == ["out_sample", "features0"]
+    assert (unet.graphs["deep"].macs, unet.graphs["full"].macs) == (1200, None)
     assert unet.weights_sha256 == hashlib.sha256(tiny.WEIGHTS).hexdigest()
     assert unet.config["levels"] == [1, 2]
     assert found.targets["openvino"].precisions == ("bf16", "f32")
@@ -286,13 +288,14 @@ WRONG: list[tuple[Callable[[Manifest], None], str]] = [
     (put([], "targets", "openvino", "precisions"), "targets.openvino.precisions"),
     (put(["fp4"], "targets", "openvino", "precisions"), "targets.openvino.precisions[0]"),
     (put("dit", "parity", 0, "component"), "parity[0]"),
-    (put("deep", "parity", 0, "graph"), "parity[0]"),
+    (put("shallow7", "parity", 0, "graph"), "parity[0]"),
     (put(-1e-9, "parity", 0, "max_abs"), "parity[0].max_abs"),
     (put(3, "producer", "sdengine"), "producer.sdengine"),
     (put("unet/other.onnx", *UNET, "graphs", "full", "file"), "components.unet.graphs.full.file"),
     (put("targets/x", "targets", "openvino", "files", 0), "targets.openvino.files[0]"),
     (put({"size": 0, "sha256": "0" * 64}, "files", "notes.txt"), "notes.txt"),
     (put({}, *UNET, "graphs", "Full"), "components.unet.graphs, a key"),
+    (put(0, *UNET, "graphs", "deep", "macs"), "components.unet.graphs.deep.macs"),
 ]
 
 
@@ -314,6 +317,43 @@ def test_a_value_of_the_wrong_kind(
         (
             put([tiny.SAMPLE, tiny.TIMESTEP, tiny.HIDDEN], *UNET, "graphs", "full", "inputs"),
             ("full.inputs", "cross_keys", "encoder_hidden_states"),
+        ),
+        (
+            put([tiny.SAMPLE, tiny.TIMESTEP], *UNET, "graphs", "deep", "inputs"),
+            ("graphs.deep.inputs", "cross_keys"),
+        ),
+        (
+            put([tiny.FEATURES], *UNET, "graphs", "deep", "outputs"),
+            ("graphs.deep.outputs", "out_sample"),
+        ),
+        (
+            put([tiny.OUT, tiny.tensor("deep0", "B")], *UNET, "graphs", "deep", "outputs"),
+            ("graphs.deep.outputs", "further ones called features<k>", "deep0"),
+        ),
+        (
+            put([tiny.OUT], *UNET, "graphs", "deep", "outputs"),
+            ("graphs.shallow0", "a graph `deep` that gives features0"),
+        ),
+        (
+            put(
+                [tiny.SAMPLE, tiny.tensor("features0", "B", 5, "h", "w")],
+                *UNET, "graphs", "shallow0", "inputs",
+            ),  # fmt: skip
+            ("graphs.shallow0.inputs", "features0: float32[B, 5, h, w]"),
+        ),
+        (
+            put(
+                [tiny.FEATURES, tiny.tensor("else", "B")], *UNET, "graphs", "shallow0", "inputs"
+            ),
+            ("graphs.shallow0.inputs", "else"),
+        ),
+        (
+            put([tiny.SAMPLE, tiny.FEATURES], *UNET, "graphs", "shallow0", "inputs"),
+            ("graphs.shallow0.inputs", "timestep"),
+        ),
+        (
+            put([tiny.OUT, tiny.FEATURES], *UNET, "graphs", "shallow0", "outputs"),
+            ("graphs.shallow0.outputs", "features0"),
         ),
         (
             put([tiny.tensor("elsewhere", "B")], *UNET, "graphs", "prologue", "inputs"),
