@@ -64,8 +64,10 @@ def test_every_sampler_ends_at_the_picture_of_the_text(pipe, sampler):
     assert made.image.size == (128, 64)
 
 
-def test_one_seed_one_picture_whatever_the_batch(pipe):
-    asked = {"prompt": "a cat", "steps": 3, "guidance": 4.0}
+@pytest.mark.parametrize("sampler", [{}, {"sampler": "ddim", "eta": 1.0}], ids=str)
+def test_one_seed_one_picture_whatever_the_batch(pipe, sampler):
+    """Ancestral ones too: each picture draws its rows' noise from its own stream, in order."""
+    asked = {"prompt": "a cat", "steps": 3, "guidance": 4.0, **sampler}
     together = pipe(**asked, seed=5, count=4, batch_size=3)
     alone = [pipe(**asked, seed=5 + k) for k in range(4)]
     assert [p.request.seed for p in together.pictures] == [5, 6, 7, 8]
