@@ -135,7 +135,7 @@ def _answer(module: Any, graph: Graph) -> Answer:
 
 def _builder(component: str) -> tuple[str, Callable[[Mapping[str, Any]], nn.Module]]:
     """The prefix of a component's tensors, and what makes its module from `config`."""
-    from ..export.modules import text, unet, vae
+    from ..export.modules import depth, image_encoder, text, unet, vae
 
     builders: dict[str, tuple[str, Callable[[Mapping[str, Any]], nn.Module]]] = {
         "text_encoder": (
@@ -145,6 +145,14 @@ def _builder(component: str) -> tuple[str, Callable[[Mapping[str, Any]], nn.Modu
         "unet": (unet.PREFIX, lambda c: unet.UNet(unet.UNetConfig.from_dict(dict(c)))),
         "vae_encoder": (vae.PREFIX, lambda c: vae.VAEEncoder(vae.VAEConfig.from_dict(dict(c)))),
         "vae_decoder": (vae.PREFIX, lambda c: vae.VAEDecoder(vae.VAEConfig.from_dict(dict(c)))),
+        "depth": (
+            depth.PREFIX,
+            lambda c: depth.DepthNetwork(depth.DepthConfig.from_dict(dict(c))),
+        ),
+        "image_encoder": (
+            image_encoder.PREFIX,
+            lambda c: image_encoder.ImageEncoder(image_encoder.ImageConfig.from_dict(dict(c))),
+        ),
     }
     if component not in builders:
         raise BackendError(

@@ -54,7 +54,12 @@ SIGNATURES: Mapping[str, tuple[frozenset[str], frozenset[str]]] = {
     ),
     "vae_encoder": (frozenset({"image"}), frozenset({"moments"})),
     "vae_decoder": (frozenset({"latent"}), frozenset({"image"})),
+    "depth": (frozenset({"image"}), frozenset({"depth"})),
+    "image_encoder": (frozenset({"pixels"}), frozenset({"embedding"})),
 }
+# In the weights of `image_encoder`, where `image_conditioning` says that there are statistics:
+# float32 [embedding], mean and deviation of the embeddings that the model was trained on.
+STATISTICS = ("noise_augmentor.data_mean", "noise_augmentor.data_std")
 
 
 @dataclass(frozen=True)
@@ -104,8 +109,44 @@ class PreviewFacts:
 
 
 @dataclass(frozen=True)
+class LowScaleFacts:
+    """How the x4 upscaler's small picture is noised: a level is a step of `schedule`, and the
+    UNet's class label; max_level is the highest that the model was trained with."""
+
+    schedule: ScheduleFacts
+    max_level: int
+
+
+@dataclass(frozen=True)
+class NoiseFacts:
+    """The noise of an image embedding: levels 0..timesteps-1."""
+
+    kind: Literal["squaredcos_cap_v2"]
+    timesteps: int
+
+
+@dataclass(frozen=True)
+class ImageConditioningFacts:
+    """How unCLIP's picture becomes a class vector.
+
+    size        pixels of a side of what the image tower takes
+    mean, std   of RGB in 0..1, by which its pixels are normalised
+    embedding   width of what it gives; the class vector is twice as wide
+    statistics  whether the weights of `image_encoder` hold those of the embedding (STATISTICS);
+                without them mean 0, deviation 1
+    """
+
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    embedding: int
+    noise: NoiseFacts
+    statistics: bool
+
+
+@dataclass(frozen=True)
 class ModelFacts:
-    """native_size is (height, width) in pixels."""
+    """native_size is (height, width) in pixels; the last three only where the model has them."""
 
     name: str
     variant: Variant
@@ -117,6 +158,8 @@ class ModelFacts:
     licence: str
     source: SourceFacts
     preview: PreviewFacts | None = None
+    low_scale: LowScaleFacts | None = None
+    image_conditioning: ImageConditioningFacts | None = None
 
 
 @dataclass(frozen=True)
@@ -316,6 +359,24 @@ _SOURCE = fields.record(
 
 _RGB = fields.sequence(fields.number(), low=3, high=3)
 
+_IMAGE_CONDITIONING = fields.record(
+    ImageConditioningFacts,
+    {
+        "size": _SIDE,
+        "mean": _RGB,
+        "std": fields.sequence(fields.number(1e-6), low=3, high=3),
+        "embedding": fields.integer(1, 1 << 20),
+        "noise": fields.record(
+            NoiseFacts,
+            {
+                "kind": fields.one_of("squaredcos_cap_v2"),
+                "timesteps": fields.integer(1, 1_000_000),
+            },
+        ),
+        "statistics": fields.boolean,
+    },
+)
+
 _MODEL = fields.record(
     ModelFacts,
     {
@@ -341,7 +402,11 @@ _MODEL = fields.record(
     optional={
         "preview": fields.record(
             PreviewFacts, {"matrix": fields.sequence(_RGB, low=1), "bias": _RGB}
-        )
+        ),
+        "low_scale": fields.record(
+            LowScaleFacts, {"schedule": _SCHEDULE, "max_level": fields.integer(0, 1_000_000)}
+        ),
+        "image_conditioning": _IMAGE_CONDITIONING,
     },
 )
 
@@ -459,8 +524,17 @@ def _check_references(parts: _Manifest) -> None:
 def _check_facts(parts: _Manifest) -> None:
     """What one field says about another."""
     model = parts.model
-    if model.schedule.beta_start > model.schedule.beta_end:
-        fields.refuse("model.schedule", "beta_start up to beta_end", model.schedule)
+    schedules = {"model.schedule": model.schedule}
+    if model.low_scale is not None:
+        schedules["model.low_scale.schedule"] = model.low_scale.schedule
+        if model.low_scale.max_level >= model.low_scale.schedule.timesteps:
+            most = f"a level below {model.low_scale.schedule.timesteps}"
+            fields.refuse("model.low_scale.max_level", most, model.low_scale.max_level)
+    for where, schedule in schedules.items():
+        if schedule.beta_start > schedule.beta_end:
+            fields.refuse(where, "beta_start up to beta_end", schedule)
+    if model.image_conditioning is not None:
+        _check_image_conditioning(parts)
     if model.preview is not None and len(model.preview.matrix) != model.latent.channels:
         rows = len(model.preview.matrix)
         fields.refuse("model.preview.matrix", f"{model.latent.channels} rows", rows)
@@ -469,6 +543,26 @@ def _check_facts(parts: _Manifest) -> None:
         if component is None or record.graph not in component.graphs:
             found = f"{record.component}/{record.graph}"
             fields.refuse(f"parity[{i}]", "a component and a graph of this bundle", found)
+
+
+def _check_image_conditioning(parts: _Manifest) -> None:
+    """The facts are those of the image tower."""
+    facts = parts.model.image_conditioning
+    if (tower := parts.components.get("image_encoder")) is None:
+        raise MissingPart(
+            "`model.image_conditioning` is about an image tower, and there is no component "
+            f"`image_encoder`; there are {', '.join(parts.components)}",
+            hint=fields.REWRITE,
+        )
+    taken = {t.name: t.shape for t in tower.inputs}.get("pixels", ())
+    given = {t.name: t.shape for t in tower.outputs}.get("embedding", ())
+    for name, expected, found in (
+        ("size", taken[2:], (facts.size, facts.size)),
+        ("embedding", given[1:], (facts.embedding,)),
+    ):
+        if expected != found:
+            shown = f"what `image_encoder` has, {list(expected)}"
+            fields.refuse(f"model.image_conditioning.{name}", shown, list(found))
 
 
 def _uses(parts: _Manifest) -> Iterator[tuple[str, str]]:
@@ -609,6 +703,9 @@ def _check_files(parts: _Manifest, files: Mapping[str, Path], verify: bool) -> N
             )
     for component in parts.components.values():
         read_header(files[component.weights])
+    conditioning = parts.model.image_conditioning
+    if conditioning is not None and conditioning.statistics:
+        _check_statistics(files[parts.components["image_encoder"].weights], conditioning.embedding)
     graphs = {g.file for c in parts.components.values() for g in c.graphs.values()}
     for name, record in parts.files.items():
         file = files[name]
@@ -618,6 +715,17 @@ def _check_files(parts: _Manifest, files: Mapping[str, Path], verify: bool) -> N
                 f"{files[name]} has SHA-256 {digest[:16]}...; the manifest says "
                 f"{record.sha256[:16]}...",
                 hint="the file was changed: copy the bundle again, or export the model again",
+            )
+
+
+def _check_statistics(file: Path, width: int) -> None:
+    stored = read_header(file)
+    for name in STATISTICS:
+        if name not in stored or (stored[name].dtype, stored[name].shape) != ("F32", (width,)):
+            found = f"{stored[name].dtype} {stored[name].shape}" if name in stored else "nothing"
+            raise CorruptPart(
+                f"{file}: the manifest promises {name}, float32 [{width}]; found {found}",
+                hint="export the model again, with --embedding-stats FILE",
             )
 
 

@@ -91,6 +91,12 @@ def integer(low: int, high: int = 2**53) -> Kind[int]:
     return check
 
 
+def boolean(value: Any, where: str) -> bool:
+    if type(value) is not bool:
+        refuse(where, "true or false", value)
+    return value
+
+
 def number(low: float = -math.inf, high: float = math.inf) -> Kind[float]:
     """Finite; an integer is taken as a float."""
 

@@ -1,12 +1,15 @@
-"""The header of a safetensors file, checked against the file's size; no tensor is read here."""
+"""A safetensors file: its header, checked against the file's size, and single small tensors."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from . import fields
 from .errors import BadManifest, CorruptPart, StorageError
@@ -51,6 +54,31 @@ def read_header(path: Path) -> dict[str, Stored]:
     except BadManifest as error:
         raise _corrupt(path, f"its header is damaged: {error.message}") from error
     return _laid_out(path, entries, start=8 + length, size=size)
+
+
+def read_tensors(path: Path, names: Iterable[str]) -> dict[str, NDArray[np.float32]]:
+    """These tensors, widened to float32; the rest of the file stays unread.
+
+    raises      CorruptPart for a name that the file lacks, and as `read_header`
+    """
+    stored = read_header(path)
+    found: dict[str, NDArray[np.float32]] = {}
+    with open(path, "rb") as file:
+        for name in names:
+            if name not in stored:
+                raise CorruptPart(
+                    f"{path} has no tensor {name!r}; it has {len(stored)} others", hint=_REFETCH
+                )
+            where = stored[name]
+            file.seek(where.offset)
+            found[name] = _widened(where.dtype, file.read(where.nbytes)).reshape(where.shape)
+    return found
+
+
+def _widened(dtype: str, raw: bytes) -> NDArray[np.float32]:
+    if dtype == "BF16":  # the upper half of a float32
+        return (np.frombuffer(raw, "<u2").astype(np.uint32) << 16).view(np.float32)
+    return np.frombuffer(raw, {"F16": "<f2", "F32": "<f4"}[dtype]).astype(np.float32)
 
 
 @dataclass(frozen=True)

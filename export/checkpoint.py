@@ -21,6 +21,7 @@ from ..engine.bundle import ModelFacts, SourceFacts
 from ..engine.errors import NotACheckpoint
 from ..engine.hashes import Progress
 from . import digests
+from .companions import companion_configs, with_statistics
 from .containers import EXPECTED, TensorRef, cannot_read, file_kind, open_container
 from .expected import expected_shapes, select
 from .facts import decide_prediction, model_facts, schedule_facts
@@ -42,9 +43,10 @@ class Checkpoint:
     """A model, checked, and not read yet.
 
     sha256      of the content: of the file, or over names and contents of the files that are used
-    configs     "unet", "vae", "text": what `UNetConfig.from_ldm` and its like take
-    tensors     by LDM name, in the networks' order: exactly those the three networks need, then
-                those of a variant's companions (depth network, image tower)
+    configs     "unet", "vae", "text": what `UNetConfig.from_ldm` and its like take; "depth",
+                "image_encoder" where the model has one: what `from_dict` takes
+    tensors     by LDM name, in the networks' order: those that the networks need, then what else
+                lies beside a variant's companions (schedules, statistics, a text half)
     decided     fact -> what decided it
     """
 
@@ -76,6 +78,7 @@ def open_checkpoint(
     prediction: str | None = None,
     config: Path | None = None,
     ema: bool = True,
+    embedding_stats: Path | None = None,
     progress: Progress | None = None,
 ) -> Checkpoint:
     """Open and check a model.
@@ -85,8 +88,12 @@ def open_checkpoint(
     config      LDM yaml, JSON of the same facts, or a diffusers scheduler config; it goes over
                 the yaml beside the model and a folder's own configs
     ema         take averaged weights where the file has them
+    embedding_stats
+                mean and deviation of the image embedding, for unCLIP: Karlo's ViT-L-14_stats.th,
+                or a .safetensors file with the vectors mean and std
     progress    called with (bytes done, bytes in all) of each file that is hashed
-    raises      CheckpointError, StorageError; RequestError for an unknown prediction
+    raises      CheckpointError, StorageError; RequestError for an unknown prediction, and for
+                statistics that the model has no use for
     """
     raw = _find(path, ema)
     if config is not None:
@@ -100,12 +107,17 @@ def open_checkpoint(
         "text": text_config(shapes, stated.text),
     }
     variant = find_variant(shapes, stated.variant)
+    said = {"depth": stated.depth, "image_encoder": stated.image_encoder}
+    configs |= companion_configs(shapes, said, variant)
+    found = with_statistics(path, raw.tensors, variant, embedding_stats)
     layers = configs["text"]["layers_used"]
-    tensors = select(raw.tensors, expected_shapes(configs), variant, layers)
+    tensors = select(found, expected_shapes(configs), variant, layers)
     schedule = schedule_facts(stated, variant, raw.tensors)
     kind, decided_by = decide_prediction(prediction, stated, variant, tensors, configs["unet"])
     _log.info("%s: %s, prediction %s, decided by %s", path, variant, kind, decided_by)
     sha256 = _content(path, raw, progress)
+    if embedding_stats is not None:
+        sha256 = _with(sha256, {"embedding_stats": embedding_stats})
     source = SourceFacts(_printable(path.resolve().name), sha256, raw.kind, raw.weights)
     facts = model_facts(
         name=_printable(path.resolve().name if path.is_dir() else path.stem),
@@ -114,19 +126,27 @@ def open_checkpoint(
         schedule=schedule,
         stated=stated,
         configs=configs,
+        tensors=found,
         licence=raw.licence,
         source=replace(source, **raw.source),
     )
     return Checkpoint(path, raw.kind, sha256, facts, configs, tensors, {"prediction": decided_by})
 
 
-def fingerprint(path: Path, *, config: Path | None = None, progress: Progress | None = None) -> str:
+def fingerprint(
+    path: Path,
+    *,
+    config: Path | None = None,
+    embedding_stats: Path | None = None,
+    progress: Progress | None = None,
+) -> str:
     """A hash of all that decides what `open_checkpoint` gives: the key of a cached export.
 
-    It is the content's hash alone where no config is beside the model or given.
+    It is the content's hash alone where no config is beside the model, and nothing is given.
     raises      as `open_checkpoint` where the model cannot be found
     """
-    configs = {} if config is None else {"config": config}
+    given = {"config": config, "embedding_stats": embedding_stats}
+    configs = {name: file for name, file in given.items() if file is not None}
     if path.is_dir():
         content = digests.of_files(path, _find(path, True).files, progress)
     else:
@@ -134,9 +154,13 @@ def fingerprint(path: Path, *, config: Path | None = None, progress: Progress | 
         content = digests.of_file(path, progress)
         if (beside := digests.sidecar(path)) is not None:
             configs["sidecar"] = beside
-    if not configs:
+    return _with(content, configs)
+
+
+def _with(content: str, files: Mapping[str, Path]) -> str:
+    if not files:
         return content
-    hashed = {name: digests.of_file(file) for name, file in configs.items()}
+    hashed = {name: digests.of_file(file) for name, file in files.items()}
     return digests.of_digests({"content": content, **hashed})
 
 

@@ -5,15 +5,19 @@ checked by  tests/unit/test_export_components.py
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..engine.bundle import ModelFacts
-from ..engine.spec import ComponentSpec, TensorSpec, features_name
+from ..engine.bundle import STATISTICS, ModelFacts
+from ..engine.spec import ComponentSpec, TensorSpec
+from .modules.depth import MULTIPLE, DepthConfig, DepthNetwork
+from .modules.depth import PREFIX as DEPTH
+from .modules.image_encoder import PREFIX as IMAGE
+from .modules.image_encoder import ImageConfig, ImageEncoder
 from .modules.text import PREFIX as TEXT
 from .modules.text import TextConfig, TextEncoder
 from .modules.unet import PREFIX as UNET
@@ -33,8 +37,7 @@ class Part:
     build       the module, on torch's current default device
     multiples   dimension -> what its size is a multiple of
     hoisted     inputs that stay the same for all steps of a run
-    features    where the network can be cut: what `deep` gives and `shallow<k>` takes
-    native      sizes of the step's named dimensions, for one picture of the model's own size
+    beside      LDM names of tensors that lie in its weight file and are not the network's
     """
 
     spec: ComponentSpec
@@ -43,8 +46,7 @@ class Part:
     build: Callable[[], nn.Module]
     multiples: Mapping[str, int]
     hoisted: tuple[str, ...] = ()
-    features: tuple[TensorSpec, ...] = ()
-    native: Mapping[str, int] | None = None
+    beside: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -56,12 +58,13 @@ class Part:
             return self.build().eval().requires_grad_(False)
 
     def tensor_names(self) -> list[str]:
-        """LDM names of all weights."""
-        return [self.prefix + name for name in self.empty().state_dict()]
+        """LDM names of all tensors of its weight file."""
+        return [*(self.prefix + name for name in self.empty().state_dict()), *self.beside]
 
 
 def parts(facts: ModelFacts, configs: Configs) -> tuple[Part, ...]:
-    """The networks of a model, in the order of the data: text, UNet, encoder, decoder."""
+    """The networks of a model, in the order of the data: text, UNet, encoder, decoder, and the
+    depth network or the image tower where `configs` has one."""
     text = TextConfig.from_ldm(configs["text"])
     unet = UNetConfig.from_ldm(configs["unet"])
     vae = VAEConfig.from_ldm(configs["vae"])
@@ -121,7 +124,37 @@ def parts(facts: ModelFacts, configs: Configs) -> tuple[Part, ...]:
             lambda: VAEDecoder(vae),
             {},
         ),
+        *_companions(facts, configs),
     )
+
+
+def _companions(facts: ModelFacts, configs: Configs) -> Iterator[Part]:
+    if "depth" in configs:
+        depth = DepthConfig.from_dict(configs["depth"])
+        yield Part(
+            ComponentSpec(
+                "depth", (_floats("image", "B", 3, "H", "W"),), (_floats("depth", "B", "H", "W"),)
+            ),
+            DEPTH,
+            depth.to_dict(),
+            lambda: DepthNetwork(depth),
+            {"H": MULTIPLE, "W": MULTIPLE},
+        )
+    if "image_encoder" in configs:
+        image = ImageConfig.from_dict(configs["image_encoder"])
+        conditioning = facts.image_conditioning
+        yield Part(
+            ComponentSpec(
+                "image_encoder",
+                (_floats("pixels", "B", 3, image.size, image.size),),
+                (_floats("embedding", "B", image.embedding),),
+            ),
+            IMAGE,
+            image.to_dict(),
+            lambda: ImageEncoder(image),
+            {},
+            beside=STATISTICS if conditioning is not None and conditioning.statistics else (),
+        )
 
 
 def _floats(name: str, *shape: int | str) -> TensorSpec:

@@ -104,6 +104,16 @@ def joined(name: str, parts: list[TensorRef]) -> TensorRef:
     return TensorRef(name, parts[0].dtype, shape, lambda: np.concatenate([p.read() for p in parts]))
 
 
+def transposed(ref: TensorRef) -> TensorRef:
+    """A matrix with its axes exchanged."""
+
+    def read() -> Bytes:
+        items = ref.read().reshape(*ref.shape, ITEM_BYTES[ref.dtype])
+        return np.ascontiguousarray(items.transpose(1, 0, 2)).reshape(-1)
+
+    return replace(ref, shape=ref.shape[::-1], read=read)
+
+
 @dataclass(frozen=True)
 class Container:
     """What one file holds. `metadata` are the texts of a safetensors header."""

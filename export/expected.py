@@ -15,7 +15,7 @@ from torch import nn
 
 from ..engine.errors import BadConfig, TensorMismatch
 from .containers import TensorRef
-from .modules import text, unet, vae
+from .modules import depth, image_encoder, text, unet, vae
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -52,7 +52,7 @@ TOLERATED = (
     "lr_scheduler",
     "callbacks.",
 )
-# Networks of a variant beside the three that every variant has: kept as they are, by name.
+# What a variant has beside the three networks that all have: kept by name, used or not.
 COMPANIONS: Mapping[str, tuple[str, ...]] = {
     "base": (),
     "inpainting": (),
@@ -68,11 +68,18 @@ def networks(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, list[nn.Modu
     try:
         vae_config = vae.VAEConfig.from_ldm(configs["vae"])
         with torch.device("meta"):
-            return {
+            found: dict[str, list[nn.Module]] = {
                 unet.PREFIX: [unet.UNet(unet.UNetConfig.from_ldm(configs["unet"]))],
                 vae.PREFIX: [vae.VAEEncoder(vae_config), vae.VAEDecoder(vae_config)],
                 text.PREFIX: [text.TextEncoder(text.TextConfig.from_ldm(configs["text"]))],
             }
+            if "depth" in configs:
+                depth_config = depth.DepthConfig.from_dict(configs["depth"])
+                found[depth.PREFIX] = [depth.DepthNetwork(depth_config)]
+            if "image_encoder" in configs:
+                image_config = image_encoder.ImageConfig.from_dict(configs["image_encoder"])
+                found[image_encoder.PREFIX] = [image_encoder.ImageEncoder(image_config)]
+            return found
     except (ValueError, ZeroDivisionError) as error:
         raise BadConfig(
             f"no Stable Diffusion 2 network has these sizes: {error}",
@@ -81,7 +88,7 @@ def networks(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, list[nn.Modu
 
 
 def expected_shapes(configs: Mapping[str, Mapping[str, Any]]) -> Shapes:
-    """Every tensor that the three networks need, by its LDM name."""
+    """Every tensor that the networks need, by its LDM name."""
     return {
         prefix + name: tuple(value.shape)
         for prefix, modules in networks(configs).items()

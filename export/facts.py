@@ -6,6 +6,7 @@ checked by  tests/unit/checkpoint/test_facts.py
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from ..engine.bundle import (
     Variant,
 )
 from ..engine.errors import BadConfig, UnknownFact, UnknownName
+from .companions import image_facts, low_scale_facts
 from .containers import TensorRef
 from .probe import probe
 from .stated import PREDICTIONS, Stated
@@ -104,6 +106,25 @@ def _close(betas: Any, start: float, end: float, steps: int, dtype: str) -> bool
     )
 
 
+def _companion_facts(
+    variant: Variant,
+    stated: Stated,
+    configs: Mapping[str, Mapping[str, Any]],
+    tensors: Mapping[str, TensorRef],
+) -> dict[str, Any]:
+    if variant == "x4-upscaler":
+        said = stated.low_scale
+        betas = {n: said.get(n) for n in ("beta_start", "beta_end", "timesteps")}
+        buffer = tensors.get("low_scale_model.betas")
+        own = {} if buffer is None else {"betas": buffer}
+        schedule = schedule_facts(replace(stated, **betas), variant, own)
+        return {"low_scale": low_scale_facts(schedule, said, schedule.timesteps)}
+    if "image_encoder" in configs:
+        tower = configs["image_encoder"]
+        return {"image_conditioning": image_facts(tower, tensors, stated.noise_timesteps)}
+    return {}
+
+
 def model_facts(
     *,
     name: str,
@@ -112,10 +133,12 @@ def model_facts(
     schedule: ScheduleFacts,
     stated: Stated,
     configs: Mapping[str, Mapping[str, Any]],
+    tensors: Mapping[str, TensorRef],
     licence: str | None,
     source: SourceFacts,
 ) -> ModelFacts:
-    """Raises BadConfig for a scale or a size that cannot be."""
+    """Raises BadConfig for a scale, a size or a level that cannot be, UnknownFact for a noise
+    schedule of another law."""
     vae, text, unet = configs["vae"], configs["text"], configs["unet"]
     factor = 2 ** (len(vae["ch_mult"]) - 1)
     scale = FAMILIES[variant].scale if stated.scale is None else stated.scale
@@ -146,4 +169,5 @@ def model_facts(
         ),
         licence=stated.licence or licence or "not stated in the model's files",
         source=source,
+        **_companion_facts(variant, stated, configs, tensors),
     )

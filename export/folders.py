@@ -13,6 +13,7 @@ from typing import Any
 
 from ..engine.errors import NotACheckpoint
 from . import names
+from .companions import from_normalizer
 from .containers import TensorRef, cannot_read, open_container
 from .stated import Params, Reader, Stated, diffusers_config, manifest_config
 from .variants import EXPECTED
@@ -48,12 +49,24 @@ _STEMS = {
     "text_encoder": "model",
 }
 _MAPPERS = {"unet": names.from_unet, "vae": names.from_vae, "text_encoder": names.from_text}
+# component -> stem of its weights and what names them, for those that only some models have
+_COMPANIONS = {
+    "depth_estimator": ("model", names.from_depth),
+    "image_encoder": ("model", names.from_image),
+    "image_normalizer": ("diffusion_pytorch_model", from_normalizer),
+}
 _CONFIGS = {
     "unet": "config.json",
     "vae": "config.json",
     "text_encoder": "config.json",
     "scheduler": "scheduler_config.json",
     "tokenizer": "tokenizer_config.json",
+}
+_COMPANION_CONFIGS = {
+    "depth_estimator": "config.json",
+    "image_encoder": "config.json",
+    "low_res_scheduler": "scheduler_config.json",
+    "image_noising_scheduler": "scheduler_config.json",
 }
 
 
@@ -63,7 +76,8 @@ def open_diffusers(path: Path, *, ema: bool) -> Folder:
     ema         False takes the weights before averaging, where they lie beside (`.non_ema.`)
     raises      NotACheckpoint, UnsafeCheckpoint, BadConfig, StorageError
     """
-    pipeline = read_json(path / INDEX).get("_class_name")
+    index = read_json(path / INDEX)
+    pipeline = index.get("_class_name")
     if pipeline not in _PIPELINES:
         raise NotACheckpoint(
             f"{path} is a diffusers folder for {pipeline}; {EXPECTED}",
@@ -75,12 +89,20 @@ def open_diffusers(path: Path, *, ema: bool) -> Folder:
         found, used = _component(path / component, stem, ema)
         tensors |= _MAPPERS[component](found)
         files += used
+    for component, (stem, mapper) in _COMPANIONS.items():
+        if (path / component).is_dir():
+            found, used = _component(path / component, stem, ema)
+            tensors |= mapper(found)
+            files += used
+    beside = {c: path / c / name for c, name in _COMPANION_CONFIGS.items()}
     configs = {c: path / c / name for c, name in _CONFIGS.items()}
+    configs |= {c: file for c, file in beside.items() if file.is_file()}
     files += [p for p in configs.values() if p.is_file()]
     # Without a tokenizer the pad id stays unsaid; all the other configs are needed.
     parts = {
         c: {} if c == "tokenizer" and not p.is_file() else read_json(p) for c, p in configs.items()
     }
+    parts["index"] = index
     _refuse_sd1(path, parts)
     vocabulary = path / "tokenizer" / "vocab.json"
     known = None

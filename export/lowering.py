@@ -266,6 +266,40 @@ def _upsample(g: Lowering, node: fx.Node) -> ir.Value:
     )
 
 
+@lowers(aten.upsample_bilinear2d.vec)
+def _bilinear(g: Lowering, node: fx.Node) -> ir.Value:
+    x, sizes, corners, factors = g.value(node.args)
+    mode = {"coordinate_transformation_mode": "align_corners" if corners else "pytorch_half_pixel"}
+    if sizes is None:
+        scales = g.constant(np.array([1, 1, *factors], np.float32), "scales")
+        return g.emit("Resize", [x, None, scales], mode="linear", **mode)
+    known = shape_of(node.args[0])[:2]
+    assert all(isinstance(n, int) for n in known), f"{node}: pictures and channels of fixed number"
+    target = g.emit("Concat", [g.ints(*known), *(g.size(s) for s in sizes)], axis=0)
+    return g.emit("Resize", [x, None, None, target], mode="linear", **mode)
+
+
+@lowers(aten.expand.default)
+def _expand(g: Lowering, node: fx.Node) -> ir.Value:
+    x, sizes = g.value(node.args)
+    # A 1 keeps what is there, as -1 does in torch.
+    target = g.emit("Concat", [g.size(1 if s == -1 else s) for s in sizes], axis=0)
+    return g.emit("Expand", [x, target])
+
+
+@lowers(aten.squeeze.dim)
+def _squeeze(g: Lowering, node: fx.Node) -> ir.Value:
+    x, axis = g.value(node.args)
+    return g.emit("Squeeze", [x, g.ints(axis)])
+
+
+@lowers(aten.max_pool2d.default)
+def _max_pool(g: Lowering, node: fx.Node) -> ir.Value:
+    assert len(node.args) == 3, f"{node}: no padding, no dilation"
+    x, kernel, stride = g.value(node.args)
+    return g.emit("MaxPool", [x], kernel_shape=kernel, strides=stride)
+
+
 # Arithmetic
 
 
@@ -290,6 +324,8 @@ TABLE[aten.matmul.default] = _binary("MatMul")
 TABLE[aten.cos.default] = _unary("Cos")
 TABLE[aten.sin.default] = _unary("Sin")
 TABLE[aten.exp.default] = _unary("Exp")
+TABLE[aten.relu.default] = _unary("Relu")
+TABLE[aten.sigmoid.default] = _unary("Sigmoid")
 
 
 @lowers(aten.silu.default)
@@ -359,8 +395,17 @@ def _group_norm(g: Lowering, node: fx.Node) -> ir.Value:
 
 @lowers(aten.layer_norm.default)
 def _layer_norm(g: Lowering, node: fx.Node) -> ir.Value:
-    x, normalized, weight, bias, eps = g.value(node.args[:5])
+    x, normalized, weight, bias, eps = _layer_norm_args(g, node)
+    if weight is None:
+        (width,) = normalized
+        weight = g.constant(np.ones(width, np.float32), f"ones_{width}")
     return g.emit("LayerNormalization", [x, weight, bias], axis=-len(normalized), epsilon=eps)
+
+
+def _layer_norm_args(g: Lowering, node: fx.Node) -> list[Any]:
+    """torch leaves arguments away at the end that have their default value."""
+    args = g.value(node.args[:5])
+    return [*args, *[None, None, 1e-5][len(args) - 2 :]]
 
 
 @lowers(aten.embedding.default)

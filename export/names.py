@@ -12,8 +12,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 
-from .containers import TensorRef, joined
-from .modules import text, unet, vae
+from .containers import TensorRef, joined, transposed
+from .modules import depth, image_encoder, text, unet, vae
 
 Tensors = Mapping[str, TensorRef]
 Rule = tuple[re.Pattern[str], Callable[[re.Match[str]], str]]
@@ -39,6 +39,22 @@ def from_text(tensors: Tensors) -> dict[str, TensorRef]:
     plain = {name.removeprefix("text_model."): ref for name, ref in tensors.items()}
     plain = {name: ref for name, ref in plain.items() if name not in _TEXT_DROPPED}
     return _renamed(_fused(plain), text.PREFIX, "text_encoder", _TEXT_RULES)
+
+
+def from_image(tensors: Tensors) -> dict[str, TensorRef]:
+    """CLIPVisionModelWithProjection, with and without its `vision_model.`."""
+    plain = {name.removeprefix("vision_model."): ref for name, ref in tensors.items()}
+    plain = {name: ref for name, ref in plain.items() if name not in _TEXT_DROPPED}
+    mapped = _renamed(_fused(plain), image_encoder.PREFIX, "image_encoder", _IMAGE_RULES)
+    projection = image_encoder.PREFIX + "proj"
+    return mapped | {n: transposed(mapped[n]) for n in (projection,) if n in mapped}
+
+
+def from_depth(tensors: Tensors) -> dict[str, TensorRef]:
+    """DPTForDepthEstimation with a BiT backbone."""
+    fused = _fused(tensors, _DPT_QKV, ("query", "key", "value"), "qkv")
+    mapped = _renamed(fused, depth.PREFIX, "depth_estimator", _DEPTH_RULES)
+    return {name: ref for name, ref in mapped.items() if not name.startswith(_DEPTH_DROPPED)}
 
 
 # -- UNet --------------------------------------------------------------------------------------
@@ -204,25 +220,109 @@ _TEXT_RULES: list[Rule] = [
         lambda m: f"transformer.resblocks.{m[1]}.attn.in_proj_{m[2]}",
     ),
 ]
-_QKV = re.compile(r"(encoder\.layers\.\d+\.self_attn\.)([qkv])_proj\.(weight|bias)")
+_QKV = re.compile(r"(encoder\.layers\.\d+\.self_attn\.)(q_proj)\.(weight|bias)")
+_QKV_NAMES = ("q_proj", "k_proj", "v_proj")
 
 
-def _fused(tensors: Tensors) -> dict[str, TensorRef]:
-    """q, k and v of a layer as one tensor, in this order, where all three fit together."""
+def _fused(
+    tensors: Tensors,
+    first: re.Pattern[str] = _QKV,
+    three: tuple[str, ...] = _QKV_NAMES,
+    into: str = "in_proj",
+) -> dict[str, TensorRef]:
+    """q, k and v of a layer as one tensor, in this order, where all three fit together.
+
+    first       finds the names of q: what stands before, q's own name, weight or bias
+    """
     result = dict(tensors)
     for name in tensors:
-        match = _QKV.fullmatch(name)
-        if match is None or match[2] != "q":
+        match = first.fullmatch(name)
+        if match is None:
             continue
-        names = [f"{match[1]}{letter}_proj.{match[3]}" for letter in "qkv"]
+        names = [f"{match[1]}{part}.{match[3]}" for part in three]
         parts = [tensors[n] for n in names if n in tensors]
         if len(parts) == 3 and len({(p.dtype, p.shape) for p in parts}) == 1:
             for n in names:
                 del result[n]
-            fused = f"{match[1]}in_proj.{match[3]}"
+            fused = f"{match[1]}{into}.{match[3]}"
             result[fused] = joined(fused, parts)
     return result
 
+
+# -- image tower -------------------------------------------------------------------------------
+
+_IMAGE_RULES: list[Rule] = [
+    (re.compile(r"embeddings\.class_embedding"), lambda m: "class_embedding"),
+    (re.compile(r"embeddings\.patch_embedding\.weight"), lambda m: "conv1.weight"),
+    (re.compile(r"embeddings\.position_embedding\.weight"), lambda m: "positional_embedding"),
+    (re.compile(r"pre_layrnorm\.(\w+)"), lambda m: f"ln_pre.{m[1]}"),  # their own spelling
+    (re.compile(r"post_layernorm\.(\w+)"), lambda m: f"ln_post.{m[1]}"),
+    (re.compile(r"visual_projection\.weight"), lambda m: "proj"),
+    *_TEXT_RULES[-2:],  # the blocks are those of the text tower
+]
+
+# -- depth network -----------------------------------------------------------------------------
+
+_DPT_QKV = re.compile(r"(dpt\.encoder\.layer\.\d+\.attention\.attention\.)(query)\.(weight|bias)")
+_DEPTH_DROPPED = (
+    depth.PREFIX + "pretrained.model.norm.",
+    depth.PREFIX + "scratch.refinenet4.resConfUnit1.",
+)
+_DPT_LAYER = {
+    "attention.attention.qkv": "attn.qkv",
+    "attention.output.dense": "attn.proj",
+    "intermediate.dense": "mlp.fc1",
+    "output.dense": "mlp.fc2",
+    "layernorm_before": "norm1",
+    "layernorm_after": "norm2",
+}
+_BACKBONE, _BIT = "pretrained.model.", r"dpt\.embeddings\.backbone\.bit\."
+_RESNET50 = "pretrained.model.patch_embed.backbone."
+_DEPTH_RULES: list[Rule] = [
+    (re.compile(r"dpt\.embeddings\.cls_token"), lambda m: _BACKBONE + "cls_token"),
+    (re.compile(r"dpt\.embeddings\.position_embeddings"), lambda m: _BACKBONE + "pos_embed"),
+    (
+        re.compile(r"dpt\.embeddings\.projection\.(\w+)"),
+        lambda m: f"{_BACKBONE}patch_embed.proj.{m[1]}",
+    ),
+    (
+        re.compile(_BIT + r"embedder\.convolution\.(\w+)"),
+        lambda m: f"{_RESNET50}stem.conv.{m[1]}",
+    ),
+    (re.compile(_BIT + r"embedder\.norm\.(\w+)"), lambda m: f"{_RESNET50}stem.norm.{m[1]}"),
+    (
+        re.compile(_BIT + r"encoder\.stages\.(\d+)\.layers\.(\d+)\.(.+)"),
+        lambda m: f"{_RESNET50}stages.{m[1]}.blocks.{m[2]}.{m[3]}",
+    ),
+    (
+        re.compile(rf"dpt\.encoder\.layer\.(\d+)\.({'|'.join(map(re.escape, _DPT_LAYER))})\.(\w+)"),
+        lambda m: f"{_BACKBONE}blocks.{m[1]}.{_DPT_LAYER[m[2]]}.{m[3]}",
+    ),
+    (re.compile(r"dpt\.layernorm\.(\w+)"), lambda m: f"{_BACKBONE}norm.{m[1]}"),
+    # transformers counts the taps from 0, the fusions from the coarsest.
+    (
+        re.compile(r"neck\.reassemble_stage\.readout_projects\.([23])\.0\.(\w+)"),
+        lambda m: f"pretrained.act_postprocess{int(m[1]) + 1}.0.project.0.{m[2]}",
+    ),
+    (
+        re.compile(r"neck\.reassemble_stage\.layers\.([23])\.(projection|resize)\.(\w+)"),
+        lambda m: (
+            f"pretrained.act_postprocess{int(m[1]) + 1}.{3 if m[2] == 'projection' else 4}.{m[3]}"
+        ),
+    ),
+    (re.compile(r"neck\.convs\.(\d)\.(\w+)"), lambda m: f"scratch.layer{int(m[1]) + 1}_rn.{m[2]}"),
+    (
+        re.compile(r"neck\.fusion_stage\.layers\.(\d)\.projection\.(\w+)"),
+        lambda m: f"scratch.refinenet{4 - int(m[1])}.out_conv.{m[2]}",
+    ),
+    (
+        re.compile(
+            r"neck\.fusion_stage\.layers\.(\d)\.residual_layer([12])\.convolution([12])\.(\w+)"
+        ),
+        lambda m: f"scratch.refinenet{4 - int(m[1])}.resConfUnit{m[2]}.conv{m[3]}.{m[4]}",
+    ),
+    (re.compile(r"head\.head\.(\d)\.(\w+)"), lambda m: f"scratch.output_conv.{m[1]}.{m[2]}"),
+]
 
 # -- shared ------------------------------------------------------------------------------------
 

@@ -53,7 +53,7 @@ def read_pickle(path: Path) -> dict[str, TensorRef]:
     A zip archive is mapped; the format before torch 1.6 has to be read whole.
     raises      UnsafeCheckpoint, NotACheckpoint, StorageError
     """
-    loaded = _load(path)
+    loaded = load_pickle(path)
     while isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
         loaded = loaded["state_dict"]
     named = loaded.items() if isinstance(loaded, Mapping) else ()
@@ -66,7 +66,8 @@ def read_pickle(path: Path) -> dict[str, TensorRef]:
     return {name: _ref(path, name, tensor) for name, tensor in tensors.items()}
 
 
-def _load(path: Path) -> Any:
+def load_pickle(path: Path) -> Any:
+    """What the file holds, as it is. Raises as `read_pickle`."""
     try:
         with open(path, "rb") as file:
             zipped = file.read(2) == b"PK"

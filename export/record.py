@@ -1,8 +1,9 @@
 """Recorded runs: what each network takes and gives in a real, short run of the torch reference.
 
 A picture is made with DDIM in float32; the UNet's inputs are kept at an early, a middle and a late
-noise level, the decoder's at the end of the run, the encoder's from the decoded picture. Then each
-network runs once more at the model's native size. One network is in memory at a time.
+noise level, the decoder's at the end of the run, the encoder's from the decoded picture. What the
+variant is conditioned on is made first, by its own networks. Then each network runs once more at
+the model's native size. One network is in memory at a time.
 
 checked by  tests/parity/test_record.py
 """
@@ -19,18 +20,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..engine.bundle import ModelFacts
 from ..engine.ports import Array
-from ..engine.spec import ComponentSpec, cut_of, features_name
+from ..engine.spec import ComponentSpec
+from ..engine.weights import read_tensors
+from . import conditions
 from .components import Part
+from .conditions import Conditions, resized
 from .weights_file import read_weights
 
 STEPS = 6
 GUIDANCE = 7.5
 SMALL_SIDE = 256  # pixels; a model of a smaller native size runs at that
+DEPTH_SIDE = 128  # pixels of the depth network's small case, a multiple of 32
 LEVELS = {0: "early", STEPS // 2: "middle", STEPS - 1: "late"}
 NATIVE = "native"
 PROMPTS = ("", "a photograph of an astronaut riding a horse")
@@ -85,13 +89,14 @@ def record(
     report("reference: text encoder", 0.0)
     with loaded(text_part, weights["text_encoder"]) as network:
         text = [run(text_part, network, "prompts", {"input_ids": ids})]
+    made, further = _conditions(by_name, weights, facts, report)
     with loaded(unet_part, weights["unet"]) as network:
         hidden = text[0].outputs["last_hidden_state"]
-        steps, latents = _sample(unet_part, network, facts, hidden, report)
+        steps, latents = _sample(unet_part, network, facts, hidden, further, report)
     report("reference: decoder", 0.75)
     sizes = {"picture": latents}
     if native != small:
-        sizes[NATIVE] = _resized(latents[1:], native)
+        sizes[NATIVE] = resized(latents[1:], native)
     with loaded(decoder, weights["vae_decoder"]) as network:
         decoded = [run(decoder, network, n, {"latent": z}) for n, z in sizes.items()]
     report("reference: encoder", 0.9)
@@ -103,6 +108,7 @@ def record(
         "unet": steps,
         "vae_encoder": encoded,
         "vae_decoder": decoded,
+        **made,
     }
 
 
@@ -117,7 +123,8 @@ def loaded(part: Part, file: Path) -> Iterator[nn.Module]:
     """The network with its weights in float32; its memory is given back afterwards."""
     module = part.empty().to_empty(device="cpu")
     prefix = len(part.prefix)
-    weights = {name[prefix:]: tensor.float() for name, tensor in read_weights(file)}
+    own = read_weights(file) if not part.beside else _without(file, part.beside)
+    weights = {name[prefix:]: tensor.float() for name, tensor in own}
     module.load_state_dict(weights, assign=True)
     del weights
     try:
@@ -125,6 +132,10 @@ def loaded(part: Part, file: Path) -> Iterator[nn.Module]:
     finally:
         module.to("meta")
         free_memory()
+
+
+def _without(file: Path, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+    return ((name, tensor) for name, tensor in read_weights(file) if name not in names)
 
 
 def free_memory() -> None:
@@ -150,8 +161,45 @@ def run(part: Part, network: nn.Module, name: str, feeds: Feeds) -> Case:
     return Case(name, feeds, outputs | {features_name(k): x.numpy() for k, x in features.items()})
 
 
+def _conditions(
+    parts: Mapping[str, Part], weights: Mapping[str, Path], facts: ModelFacts, report: Report
+) -> tuple[dict[str, list[Case]], Conditions]:
+    """Cases of the variant's own networks, and what the UNet is conditioned on."""
+
+    def ask(name: str, feeds: Sequence[tuple[str, Feeds]]) -> list[Case]:
+        report(f"reference: {name.replace('_', ' ')}", 0.03)
+        with loaded(parts[name], weights[name]) as network:
+            return [run(parts[name], network, case, f) for case, f in feeds]
+
+    if facts.variant == "inpainting":
+
+        def encode(image: Array) -> Array:
+            return ask("vae_encoder", [("", {"image": image})])[0].outputs["moments"]
+
+        return {}, conditions.inpainting(facts, latent_sides(facts, SMALL_SIDE), encode)
+    if facts.variant == "x4-upscaler":
+        return {}, conditions.low_scale(facts)
+    if "image_encoder" in parts:
+        tower = ask("image_encoder", [("picture", {"pixels": conditions.pixels(facts)})])
+        embedding = tower[0].outputs["embedding"][:1]
+        statistics = read_tensors(weights["image_encoder"], parts["image_encoder"].beside)
+        return {"image_encoder": tower}, conditions.unclip(facts, embedding, statistics)
+    if "depth" in parts:
+        sides = {"picture": DEPTH_SIDE, NATIVE: 16 * parts["depth"].config["grid"]}
+        cases = ask("depth", [(n, {"image": conditions.picture(s, s)}) for n, s in sides.items()])
+        return {"depth": cases}, conditions.depth(cases[0].outputs["depth"])
+    if facts.variant == "depth":
+        return {}, conditions.depth(None)
+    return {}, Conditions()
+
+
 def _sample(
-    part: Part, network: nn.Module, facts: ModelFacts, hidden: Array, report: Report
+    part: Part,
+    network: nn.Module,
+    facts: ModelFacts,
+    hidden: Array,
+    conditions: Conditions,
+    report: Report,
 ) -> tuple[list[Case], Array]:
     """UNet cases, and two latents for the decoder: the middle step's guess and the last one.
 
@@ -163,7 +211,7 @@ def _sample(
     alphas_bar = np.cumprod(1 - betas)
     times = np.linspace(s.timesteps - 1, s.timesteps // STEPS, STEPS).round().astype(int)
     random = np.random.default_rng(0)
-    further = _further_inputs(part, facts, random)
+    further = _inputs(conditions)
     x = _normal(random, (1, facts.latent.channels, *latent_sides(facts, SMALL_SIDE)))
     cases, guesses = [], []
     for i, t in enumerate(times):
@@ -188,37 +236,17 @@ def _sample(
     return cases, latents.astype(np.float32)
 
 
-def _further_inputs(
-    part: Part, facts: ModelFacts, random: np.random.Generator
-) -> Callable[[Array, float, Array], Feeds]:
-    """A function that puts together all inputs of the UNet, for both halves of the guidance.
-
-    What a variant takes beside the latent is drawn once and stays: conditions of deviation 1 as
-    further channels, a class in the middle of its range, a class vector of deviation 1.
-    """
-    spec = part.spec
-    channels = spec.input("sample").shape[1]
-    assert isinstance(channels, int), "the number of channels is fixed"
-    extra = channels - facts.latent.channels
-    labels: Feeds = {}
-    if (label := next((t for t in spec.inputs if t.name == "class_labels"), None)) is not None:
-        if label.dtype == "int64":
-            middle = part.config["num_classes"] // 2
-            labels["class_labels"] = np.full(2, middle, np.int64)
-        else:
-            labels["class_labels"] = _normal(random, label.resolve({"B": 2}))
-    conditions: dict[tuple[int, ...], Array] = {}
+def _inputs(conditions: Conditions) -> Callable[[Array, float, Array], Feeds]:
+    """A function that puts together all inputs of the UNet, for both halves of the guidance."""
 
     def feeds(x: Array, t: float, hidden: Array) -> Feeds:
-        sides = x.shape[2:]
-        if sides not in conditions:
-            conditions[sides] = _normal(random, (1, extra, *sides))
-        sample = np.concatenate([x, conditions[sides]], axis=1)
+        sides = (x.shape[2], x.shape[3])
+        more = [] if conditions.channels is None else [conditions.channels(sides)]
         return {
-            "sample": np.repeat(sample, 2, axis=0),
+            "sample": np.repeat(np.concatenate([x, *more], axis=1), 2, axis=0),
             "timestep": np.full(2, t, np.float32),
             "encoder_hidden_states": hidden,
-            **labels,
+            **conditions.labels,
         }
 
     return feeds
@@ -226,8 +254,3 @@ def _further_inputs(
 
 def _normal(random: np.random.Generator, shape: tuple[int, ...]) -> Array:
     return random.standard_normal(shape, np.float32)
-
-
-def _resized(latent: Array, sides: tuple[int, int]) -> Array:
-    x: Tensor = F.interpolate(torch.from_numpy(latent), sides, mode="bilinear")
-    return x.numpy()

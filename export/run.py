@@ -304,7 +304,15 @@ def _same_bundle(out: Path, facts: ModelFacts, force: bool) -> Bundle | None:
 
 def _origin(facts: ModelFacts) -> tuple[Any, ...]:
     """What makes two exports the same: content and the facts that options decide."""
-    return facts.source.sha256, facts.source.weights, facts.prediction, facts.schedule, facts.latent
+    return (
+        facts.source.sha256,
+        facts.source.weights,
+        facts.prediction,
+        facts.schedule,
+        facts.latent,
+        facts.low_scale,
+        facts.image_conditioning,
+    )
 
 
 def _has(bundle: Bundle, recipe: Recipe, precisions: Sequence[Precision]) -> bool:

@@ -18,7 +18,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 Config = dict[str, Any]
 
 UNET, VAE, TEXT = unet.PREFIX, vae.PREFIX, text.PREFIX
-_PASS_CONFIG = (
+PASS_CONFIG = (
     "pass the model's own yaml, or a JSON of the same facts, with --config FILE, "
     "or put the yaml beside the file under the same name"
 )
@@ -30,17 +30,18 @@ def unet_config(shapes: Shapes, stated: Mapping[str, Any]) -> Config:
     stated      what a config says; it decides the heads, and must not contradict the shapes
     raises      TensorMismatch, UnknownFact, BadConfig
     """
-    conv_in = _shape(shapes, UNET + "input_blocks.0.0.weight")
+    conv_in = shape_of(shapes, UNET + "input_blocks.0.0.weight")
     width = conv_in[0]
     levels = _unet_levels(shapes)
     attention = [
         2**i for i, level in enumerate(levels) if any(_has_attention(shapes, n) for n in level)
     ]
     blocks = [f"input_blocks.{n}.1." for level in levels for n in level] + ["middle_block.1."]
-    context_dim = _shape(shapes, UNET + "middle_block.1.transformer_blocks.0.attn2.to_k.weight")[1]
+    to_k = UNET + "middle_block.1.transformer_blocks.0.attn2.to_k.weight"
+    context_dim = shape_of(shapes, to_k)[1]
     found: Config = {
         "in_channels": conv_in[1],
-        "out_channels": _shape(shapes, UNET + "out.2.weight")[0],
+        "out_channels": shape_of(shapes, UNET + "out.2.weight")[0],
         "model_channels": width,
         "channel_mult": [_width(shapes, level[0]) // width for level in levels],
         "num_res_blocks": max(len(level) for level in levels),
@@ -50,13 +51,13 @@ def unet_config(shapes: Shapes, stated: Mapping[str, Any]) -> Config:
         "use_linear_in_transformer": all(
             len(shapes[name]) == 2 for b in blocks if (name := f"{UNET}{b}proj_in.weight") in shapes
         ),
-        "transformer_depth": _count(shapes, UNET + "middle_block.1.transformer_blocks."),
+        "transformer_depth": count(shapes, UNET + "middle_block.1.transformer_blocks."),
     }
     if (label := shapes.get(UNET + "label_emb.weight")) is not None:
         found["num_classes"] = label[0]
     elif (label := shapes.get(UNET + "label_emb.0.0.weight")) is not None:
         found |= {"num_classes": "sequential", "adm_in_channels": label[1]}
-    _agree("unet", found, stated)
+    agree("unet", found, stated)
     cross = _cross_only(shapes, levels, context_dim, stated)
     switches = {k: v for k, v in stated.items() if k in _SWITCHES and v is not None}
     return switches | found | _unet_heads(found, stated) | cross
@@ -74,10 +75,10 @@ _SWITCHES = (
 
 def vae_config(shapes: Shapes, stated: Mapping[str, Any]) -> Config:
     """Constructor facts in the form that `VAEConfig.from_ldm` takes. Raises as `unet_config`."""
-    conv_in = _shape(shapes, VAE + "encoder.conv_in.weight")
-    levels = _count(shapes, VAE + "encoder.down.")
+    conv_in = shape_of(shapes, VAE + "encoder.conv_in.weight")
+    levels = count(shapes, VAE + "encoder.down.")
     widths = [
-        _shape(shapes, f"{VAE}encoder.down.{i}.block.0.conv1.weight")[0] for i in range(levels)
+        shape_of(shapes, f"{VAE}encoder.down.{i}.block.0.conv1.weight")[0] for i in range(levels)
     ]
     found: Config = {
         "double_z": True,
@@ -85,27 +86,27 @@ def vae_config(shapes: Shapes, stated: Mapping[str, Any]) -> Config:
         "ch": conv_in[0],
         "ch_mult": [w // conv_in[0] for w in widths],
         "num_res_blocks": max(
-            _count(shapes, f"{VAE}encoder.down.{i}.block.") for i in range(levels)
+            count(shapes, f"{VAE}encoder.down.{i}.block.") for i in range(levels)
         ),
         "attn_resolutions": [],
-        "z_channels": _shape(shapes, VAE + "decoder.conv_in.weight")[1],
-        "embed_dim": _shape(shapes, VAE + "post_quant_conv.weight")[1],
-        "out_ch": _shape(shapes, VAE + "decoder.conv_out.weight")[0],
+        "z_channels": shape_of(shapes, VAE + "decoder.conv_in.weight")[1],
+        "embed_dim": shape_of(shapes, VAE + "post_quant_conv.weight")[1],
+        "out_ch": shape_of(shapes, VAE + "decoder.conv_out.weight")[0],
     }
-    _agree("vae", found, stated)
+    agree("vae", found, stated)
     return found
 
 
 def text_config(shapes: Shapes, stated: Mapping[str, Any]) -> Config:
     """Constructor facts in the form that `TextConfig.from_ldm` takes. Raises as `unet_config`."""
-    vocab_size, width = _shape(shapes, TEXT + "token_embedding.weight")
-    stored = _count(shapes, TEXT + "transformer.resblocks.")
+    vocab_size, width = shape_of(shapes, TEXT + "token_embedding.weight")
+    stored = count(shapes, TEXT + "transformer.resblocks.")
     found: Config = {
         "width": width,
         "vocab_size": vocab_size,
-        "context_length": _shape(shapes, TEXT + "positional_embedding")[0],
+        "context_length": shape_of(shapes, TEXT + "positional_embedding")[0],
     }
-    _agree("text", found, stated)
+    agree("text", found, stated)
     used = _layers_used(width, stored, TEXT + "text_projection" in shapes, stated)
     heads = stated.get("heads")
     if heads is None and width == 1024:
@@ -114,7 +115,7 @@ def text_config(shapes: Shapes, stated: Mapping[str, Any]) -> Config:
         raise UnknownFact(
             f"the heads of a text tower of width {width} are not in the file "
             "(only at width 1024 is the number known: 16)",
-            hint=_PASS_CONFIG,
+            hint=PASS_CONFIG,
         )
     _divides("text", "heads", heads, [width])
     activation = stated.get("activation", "gelu")
@@ -132,7 +133,7 @@ def text_config(shapes: Shapes, stated: Mapping[str, Any]) -> Config:
 def _unet_levels(shapes: Shapes) -> list[list[int]]:
     """Numbers of the input blocks that hold a residual block, level by level."""
     levels: list[list[int]] = [[]]
-    for n in range(1, _count(shapes, UNET + "input_blocks.")):
+    for n in range(1, count(shapes, UNET + "input_blocks.")):
         if f"{UNET}input_blocks.{n}.0.op.weight" in shapes:
             levels.append([])
         else:
@@ -143,7 +144,7 @@ def _unet_levels(shapes: Shapes) -> list[list[int]]:
 
 
 def _width(shapes: Shapes, block: int) -> int:
-    return _shape(shapes, f"{UNET}input_blocks.{block}.0.out_layers.3.weight")[0]
+    return shape_of(shapes, f"{UNET}input_blocks.{block}.0.out_layers.3.weight")[0]
 
 
 def _has_attention(shapes: Shapes, block: int) -> bool:
@@ -204,7 +205,7 @@ def _unet_heads(found: Config, stated: Mapping[str, Any]) -> Config:
     raise UnknownFact(
         f"the attention heads of a UNet with {found['model_channels']} model channels are not in "
         "the file (only for the published sizes, 320, and 256 of the x4 upscaler, are they known)",
-        hint=_PASS_CONFIG,
+        hint=PASS_CONFIG,
     )
 
 
@@ -221,7 +222,7 @@ def _layers_used(width: int, stored: int, whole: bool, stated: Mapping[str, Any]
     if used is None:
         raise UnknownFact(
             f"how many of the {stored} stored text blocks run is not in the file",
-            hint=_PASS_CONFIG,
+            hint=PASS_CONFIG,
         )
     if type(used) is not int or used < 1:
         raise BadConfig(
@@ -234,7 +235,7 @@ def _layers_used(width: int, stored: int, whole: bool, stated: Mapping[str, Any]
 # -- small readers -----------------------------------------------------------------------------
 
 
-def _shape(shapes: Shapes, name: str) -> tuple[int, ...]:
+def shape_of(shapes: Shapes, name: str) -> tuple[int, ...]:
     if name not in shapes:
         raise _missing([name])
     return shapes[name]
@@ -247,7 +248,7 @@ def _missing(names: Iterable[str]) -> TensorMismatch:
     )
 
 
-def _count(shapes: Shapes, prefix: str) -> int:
+def count(shapes: Shapes, prefix: str) -> int:
     """One more than the highest number that stands directly after the prefix; at least 1."""
     at = len(prefix)
     numbers = {name[at:].split(".", 1)[0] for name in shapes if name.startswith(prefix)}
@@ -256,7 +257,7 @@ def _count(shapes: Shapes, prefix: str) -> int:
     return max(found) + 1
 
 
-def _agree(part: str, found: Config, stated: Mapping[str, Any]) -> None:
+def agree(part: str, found: Config, stated: Mapping[str, Any]) -> None:
     """Raises BadConfig where a config contradicts the tensors."""
 
     def plain(value: Any) -> Any:

@@ -32,6 +32,9 @@ class Stated:
     """Facts and where they come from; None where the source is silent.
 
     unet, vae, text   constructor facts, as LDM names them
+    depth             of the depth network; image_encoder: of the image tower
+    low_scale         of the x4 upscaler's small picture: beta_start, beta_end, timesteps, max_level
+    noise_timesteps   levels of the noise of an image embedding
     image_size        side of the latent that the model was made for
     pad               id that fills a prompt up
     prediction_from   the source of `prediction`
@@ -41,6 +44,10 @@ class Stated:
     unet: Params = field(default_factory=dict)
     vae: Params = field(default_factory=dict)
     text: Params = field(default_factory=dict)
+    depth: Params = field(default_factory=dict)
+    image_encoder: Params = field(default_factory=dict)
+    low_scale: Params = field(default_factory=dict)
+    noise_timesteps: int | None = None
     variant: str | None = None
     prediction: str | None = None
     scale: float | None = None
@@ -70,7 +77,8 @@ class Stated:
         return replace(other, **{**mine, **merged, "where": where})
 
 
-_PARTS = ("unet", "vae", "text")
+_NETWORKS = ("unet", "vae", "text")
+_PARTS = (*_NETWORKS, "depth", "image_encoder", "low_scale")
 
 
 def read_config(path: Path) -> Stated:
@@ -187,6 +195,10 @@ def _ldm(reader: Reader, document: Params) -> Stated:
         unet=unet,
         vae=vae,
         text=_text(reader, reader.part(params, "cond_stage_config", "params")),
+        depth=_depth(reader, reader.part(params, "depth_stage_config", "params")),
+        image_encoder=_image(reader, reader.part(params, "embedder_config", "params")),
+        low_scale=_low_scale(reader, reader.part(params, "low_scale_config", "params")),
+        noise_timesteps=_noise(reader, reader.part(params, "noise_aug_config", "params")),
         prediction=prediction,
         scale=reader.number(params, "scale_factor"),
         beta_start=reader.number(params, "linear_start"),
@@ -199,9 +211,9 @@ def _ldm(reader: Reader, document: Params) -> Stated:
 
 def _flat(reader: Reader, document: Params) -> Stated:
     """The facts side by side, as the key lists hold them."""
-    if not any(name in document for name in (*_PARTS, "prediction")):
+    if not any(name in document for name in (*_NETWORKS, "prediction")):
         raise BadConfig(
-            f"{reader.where} states none of {', '.join(_PARTS)}, prediction", hint=_FITS
+            f"{reader.where} states none of {', '.join(_NETWORKS)}, prediction", hint=_FITS
         )
     reader.require(document, {"beta_schedule": ("linear", "scaled_linear")})
     text = reader.part(document, "text")
@@ -210,6 +222,10 @@ def _flat(reader: Reader, document: Params) -> Stated:
         unet=reader.part(document, "unet"),
         vae=reader.part(document, "vae"),
         text=_text(reader, text),
+        depth=_depth(reader, reader.part(document, "depth_model")),
+        image_encoder=_image(reader, reader.part(document, "image_embedder")),
+        low_scale=_low_scale(reader, reader.part(document, "low_scale")),
+        noise_timesteps=_noise(reader, reader.part(document, "noise_aug")),
         variant=_words(reader, document, "variant"),
         prediction=reader.choice(document, "prediction", PREDICTIONS),
         scale=reader.number(document, "scale_factor"),
@@ -225,6 +241,35 @@ def _flat(reader: Reader, document: Params) -> Stated:
 def _text(reader: Reader, text: Params) -> Params:
     reader.choice(text, "layer", {"penultimate": "penultimate", "last": "last"})
     return text
+
+
+def _depth(reader: Reader, depth: Params) -> Params:
+    return _said(heads=reader.whole(reader.part(depth, "vit"), "heads"))
+
+
+def _image(reader: Reader, tower: Params) -> Params:
+    return _said(heads=reader.whole(tower, "heads"), activation=tower.get("activation"))
+
+
+def _low_scale(reader: Reader, low_scale: Params) -> Params:
+    schedule = reader.part(low_scale, "noise_schedule_config")
+    reader.require(schedule, {"beta_schedule": ("linear",)})
+    return _said(
+        beta_start=reader.number(schedule, "linear_start"),
+        beta_end=reader.number(schedule, "linear_end"),
+        timesteps=reader.whole(schedule, "timesteps"),
+        max_level=reader.whole(low_scale, "max_noise_level"),
+    )
+
+
+def _noise(reader: Reader, noise: Params) -> int | None:
+    schedule = reader.part(noise, "noise_schedule_config") or noise
+    reader.require(schedule, {"beta_schedule": ("squaredcos_cap_v2",)})
+    return reader.whole(schedule, "timesteps")
+
+
+def _said(**facts: Any) -> dict[str, Any]:
+    return {name: value for name, value in facts.items() if value is not None}
 
 
 def _words(reader: Reader, source: Params, name: str) -> str | None:
@@ -264,6 +309,20 @@ _VAE_FIXED: Params = {
     "shift_factor": (None, 0, 0.0),
 }
 _TEXT_FIXED: Params = {"hidden_act": ("gelu",), "layer_norm_eps": (1e-5,)}
+_DEPTH_FIXED: Params = {
+    "is_hybrid": (True,),
+    "readout_type": ("project",),
+    "backbone_out_indices": ([2, 5, 8, 11],),
+    "hidden_act": ("gelu",),
+    "add_projection": (False,),
+    "use_batch_norm_in_fusion_residual": (False,),
+}
+_IMAGE_FIXED: Params = {
+    "hidden_act": ("gelu", "quick_gelu"),
+    "layer_norm_eps": (1e-5,),
+    "num_channels": (3,),
+}
+_NOISE_FIXED: Params = {"beta_schedule": ("squaredcos_cap_v2",), "trained_betas": (None,)}
 _SCHEDULER_FIXED: Params = {
     "beta_schedule": ("scaled_linear",),
     "trained_betas": (None,),
@@ -274,7 +333,9 @@ _SCHEDULER_FIXED: Params = {
 def diffusers_config(
     where: str, parts: Mapping[str, Params], vocabulary: Mapping[str, int] | None
 ) -> Stated:
-    """From the JSON of `unet`, `vae`, `text_encoder`, `scheduler` and `tokenizer`.
+    """From the JSON of `unet`, `vae`, `text_encoder`, `scheduler` and `tokenizer`, and, where the
+    folder has them, `index`, `depth_estimator`, `image_encoder`, `low_res_scheduler` and
+    `image_noising_scheduler`.
 
     vocabulary  the tokenizer's own, to find the pad id; None when it is not there
     raises      BadConfig
@@ -287,6 +348,10 @@ def diffusers_config(
     reader("unet").require(unet, _UNET_FIXED)
     reader("vae").require(vae, _VAE_FIXED)
     reader("text_encoder").require(text, _TEXT_FIXED)
+    tower, noise = parts.get("image_encoder", {}), parts.get("image_noising_scheduler", {})
+    reader("depth_estimator").require(parts.get("depth_estimator", {}), _DEPTH_FIXED)
+    reader("image_encoder").require(tower, _IMAGE_FIXED)
+    reader("image_noising_scheduler").require(noise, _NOISE_FIXED)
     scale = reader("vae").number(vae, "scaling_factor")
     networks = Stated(
         where=where,
@@ -295,11 +360,33 @@ def diffusers_config(
             "heads": reader("text_encoder").whole(text, "num_attention_heads"),
             "layers_used": reader("text_encoder").whole(text, "num_hidden_layers"),
         },
+        depth=_said(
+            heads=reader("depth_estimator").whole(
+                parts.get("depth_estimator", {}), "num_attention_heads"
+            )
+        ),
+        image_encoder=_said(
+            heads=reader("image_encoder").whole(tower, "num_attention_heads"),
+            activation=tower.get("hidden_act"),
+        ),
+        low_scale=_low_res(reader, parts),
+        noise_timesteps=reader("image_noising_scheduler").whole(noise, "num_train_timesteps"),
         scale=0.18215 if scale is None else scale,  # diffusers' default
         image_size=_side(reader("unet"), unet),
         pad=_pad(parts["tokenizer"], vocabulary),
     )
     return networks.over(_scheduler(reader("scheduler"), parts["scheduler"]))
+
+
+def _low_res(reader: Callable[[str], Reader], parts: Mapping[str, Params]) -> Params:
+    scheduler = parts.get("low_res_scheduler", {})
+    reader("low_res_scheduler").require(scheduler, _SCHEDULER_FIXED)
+    return _said(
+        beta_start=reader("low_res_scheduler").number(scheduler, "beta_start"),
+        beta_end=reader("low_res_scheduler").number(scheduler, "beta_end"),
+        timesteps=reader("low_res_scheduler").whole(scheduler, "num_train_timesteps"),
+        max_level=reader("model_index.json").whole(parts.get("index", {}), "max_noise_level"),
+    )
 
 
 def _scheduler(reader: Reader, scheduler: Params) -> Stated:
@@ -366,7 +453,7 @@ def manifest_config(reader: Reader, manifest: Params) -> Stated:
     unet = dict(reader.part(components, "unet", "config"))
     text = dict(reader.part(components, "text_encoder", "config"))
     latent = reader.part(model, "latent")
-    schedule = reader.part(model, "schedule")
+    schedule, low_scale = reader.part(model, "schedule"), reader.part(model, "low_scale")
     size: Sequence[Any] | None = model.get("native_size")
     factor = latent.get("factor")
     side = size[0] // factor if isinstance(size, list) and isinstance(factor, int) else None
@@ -375,6 +462,15 @@ def manifest_config(reader: Reader, manifest: Params) -> Stated:
         unet=_renamed(unet, _UNET_NAMES),
         vae=reader.part(components, "vae_decoder", "config"),
         text=_renamed(text, {"layers": "layers_used"}),
+        depth=reader.part(components, "depth", "config"),
+        image_encoder=reader.part(components, "image_encoder", "config"),
+        low_scale=_said(
+            **{n: reader.part(low_scale, "schedule").get(n) for n in _BETAS},
+            max_level=low_scale.get("max_level"),
+        ),
+        noise_timesteps=reader.whole(
+            reader.part(model, "image_conditioning", "noise"), "timesteps"
+        ),
         variant=_words(reader, model, "variant"),
         prediction=reader.choice(model, "prediction", PREDICTIONS),
         scale=reader.number(latent, "scale"),
@@ -387,6 +483,7 @@ def manifest_config(reader: Reader, manifest: Params) -> Stated:
     )
 
 
+_BETAS = ("beta_start", "beta_end", "timesteps")
 _UNET_NAMES = {
     "attention_ds": "attention_resolutions",
     "head_channels": "num_head_channels",

@@ -100,6 +100,13 @@ def ldm_yaml(config: dict) -> dict:
         },
         "cond_stage_config": {"params": config["text"]},
     }
+    companions = {
+        "depth_stage_config": "depth_model",
+        "embedder_config": "image_embedder",
+        "low_scale_config": "low_scale",
+        "noise_aug_config": "noise_aug",
+    }
+    params |= {to: {"params": config[of]} for to, of in companions.items() if of in config}
     return {"model": {"params": params}}
 
 
@@ -111,6 +118,43 @@ def tiny_bundle(make_checkpoint, tmp_path_factory) -> Path:
 
     out = tmp_path_factory.mktemp("bundles") / "tiny"
     return export_bundle(open_checkpoint(make_checkpoint("base")), out)
+
+
+@pytest.fixture(scope="session")
+def embedding_stats(tmp_path_factory) -> Path:
+    """Statistics for the tiny unclip-l checkpoint, as Karlo's file holds them: a pickled pair."""
+    import torch
+
+    generator = torch.Generator().manual_seed(4)
+    mean = 0.3 * torch.randn(32, generator=generator)
+    std = 0.5 + torch.rand(32, generator=generator)
+    path = tmp_path_factory.mktemp("statistics") / "ViT-L-14_stats.th"
+    torch.save((mean, std), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def variant_bundle(make_checkpoint, embedding_stats, tmp_path_factory):
+    """`variant_bundle("inpainting")`: Path of that variant's tiny random model as a bundle, proved
+    on OpenVINO in float32; each is exported once. Its native latent is 16x16: tracing is slow enough
+    without large pictures."""
+    from sdengine.export import export_bundle
+    from sdengine.export.checkpoint import open_checkpoint
+
+    folder = tmp_path_factory.mktemp("variants")
+
+    @functools.cache
+    def make(variant: str) -> Path:
+        stats = embedding_stats if variant == "unclip-l" else None
+        path = make_checkpoint(variant)
+        facts = json.loads(path.with_suffix(".yaml").read_text())
+        facts["model"]["params"]["image_size"] = 16
+        config = folder / f"{variant}.yaml"
+        config.write_text(json.dumps(facts))
+        checkpoint = open_checkpoint(path, config=config, embedding_stats=stats)
+        return export_bundle(checkpoint, folder / variant, precisions=("f32",))
+
+    return make
 
 
 @pytest.fixture

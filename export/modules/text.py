@@ -57,7 +57,7 @@ class TextConfig:
 
 
 class SelfAttention(nn.Module):
-    """x [B, T, C], bias [T, T] -> [B, T, C]. q, k and v are one fused projection."""
+    """x [B, T, C], bias [T, T] or none -> [B, T, C]. q, k and v are one fused projection."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class SelfAttention(nn.Module):
         self.out_proj = nn.Linear(width, width)
         nn.init.xavier_uniform_(self.in_proj_weight)
 
-    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
         out: Tensor = self.out_proj(attention(q, k, v, self.heads, bias))
         return out
