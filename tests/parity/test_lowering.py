@@ -59,6 +59,23 @@ FUNCTIONS = {
         lambda x: x.reshape(x.shape[0] * 2, 4, x.shape[2], x.shape[3]),
         ("BB", 4, "h", "w"),
     ),
+    "relu": (F.relu, ("B", 8, "h", "w")),
+    "sigmoid": (torch.sigmoid, ("B", 8, "h", "w")),
+    "max pool": (lambda x: F.max_pool2d(x, 2, 2), ("B", 8, "h_", "w_")),
+    "bilinear, corners kept": (
+        lambda x: F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=True),
+        ("B", 8, "h2", "w2"),
+    ),
+    "bilinear, to a size": (
+        lambda x: F.interpolate(x[:1], (x.shape[2] + x.shape[3], 2 * x.shape[3]), mode="bilinear"),
+        (1, 8, "h_w", "w2"),
+    ),
+    "expand": (lambda x: x[:1, :, :1, :1].expand(x.shape[0], -1, 3, 1), ("B", 8, 3, 1)),
+    "squeeze": (lambda x: x[:, 2:3].squeeze(1), ("B", "h", "w")),
+    "layer norm without weights": (
+        lambda x: F.layer_norm(x.transpose(1, 3), (8,), eps=1e-8),
+        ("B", "w", "h", 8),
+    ),
     "slice": (lambda x: x[:, 2:7, :, :], ("B", 5, "h", "w")),
     "unsqueeze": (lambda x: x[:, :, None, :, :] + x[:, :, None, :, :], ("B", 8, 1, "h", "w")),
 }

@@ -17,14 +17,24 @@ from safetensors.torch import load_file, save_file
 
 from sdengine.engine.errors import BadConfig, NotACheckpoint, TensorMismatch, UnsafeCheckpoint
 from sdengine.export.checkpoint import open_checkpoint
-from sdengine.export.modules import text, unet, vae
+from sdengine.export.modules import depth, image_encoder, text, unet, vae
 
 with warnings.catch_warnings():  # their own deprecations are none of ours
     warnings.simplefilter("ignore")
     diffusers = pytest.importorskip("diffusers", reason="the reference of these tests")
     transformers = pytest.importorskip("transformers", reason="the reference of these tests")
     from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import (
+        StableUnCLIPImageNormalizer,
+    )
+    from transformers import (
+        CLIPTextConfig,
+        CLIPTextModel,
+        CLIPVisionConfig,
+        CLIPVisionModelWithProjection,
+        DPTConfig,
+        DPTForDepthEstimation,
+    )
 
 pytestmark = pytest.mark.export
 
@@ -47,20 +57,20 @@ X4 = {
     "num_class_embeds": 1000,
     "block_out_channels": (32, 64, 64, 128),
 }
-PROJECTION = {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 2048}
+PROJECTION = {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 48}
 UNETS = {
     "base": {"in_channels": 4, **SD2},
     "inpainting": {"in_channels": 9, **SD2},
     "depth": {"in_channels": 5, **SD2},
     "x4-upscaler": {"in_channels": 7, **X4},
-    "unclip-h": {"in_channels": 4, **SD2, **PROJECTION},
+    "unclip-l": {"in_channels": 4, **SD2, **PROJECTION},
 }
 PIPELINES = {
     "base": "StableDiffusionPipeline",
     "inpainting": "StableDiffusionInpaintPipeline",
     "depth": "StableDiffusionDepth2ImgPipeline",
     "x4-upscaler": "StableDiffusionUpscalePipeline",
-    "unclip-h": "StableUnCLIPImg2ImgPipeline",
+    "unclip-l": "StableUnCLIPImg2ImgPipeline",
 }
 
 
@@ -110,8 +120,90 @@ def small_text():
     return model
 
 
+def randomised(model):
+    """Biases and norms too: nothing stays at 0 or 1."""
+    for p in model.parameters():
+        fan = p[0].numel() if p.ndim > 1 else 1
+        torch.nn.init.normal_(p, 1.0 if p.ndim == 1 else 0.0, 0.1 if p.ndim == 1 else fan**-0.5)
+    return model.eval()
+
+
+def small_depth():
+    """The published network's shape, narrow; the other values are its config's."""
+    torch.manual_seed(8)
+    config = DPTConfig(
+        hidden_size=48,
+        num_attention_heads=3,
+        intermediate_size=192,
+        is_hybrid=True,
+        backbone_config={
+            "model_type": "bit",
+            "global_padding": "same",
+            "layer_type": "bottleneck",
+            "depths": [3, 4, 9],
+            "out_features": ["stage1", "stage2", "stage3"],
+            "embedding_dynamic_padding": True,
+            "hidden_sizes": [128, 128, 128],
+            "embedding_size": 32,
+        },
+        neck_hidden_sizes=[128, 128, 48, 48],
+        neck_ignore_stages=[0, 1],
+        fusion_hidden_size=32,
+        reassemble_factors=[1, 1, 1, 0.5],
+        backbone_featmap_shape=[1, 128, 24, 24],
+    )
+    return randomised(DPTForDepthEstimation(config))
+
+
+def small_tower():
+    torch.manual_seed(9)
+    config = CLIPVisionConfig(
+        hidden_size=64,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=56,
+        patch_size=14,
+        projection_dim=24,
+        hidden_act="quick_gelu",
+    )
+    return randomised(CLIPVisionModelWithProjection(config))
+
+
+def small_normalizer():
+    torch.manual_seed(10)
+    normalizer = StableUnCLIPImageNormalizer(embedding_dim=24)
+    torch.nn.init.normal_(normalizer.mean)
+    torch.nn.init.uniform_(normalizer.std, 0.5, 2)
+    return normalizer
+
+
+COMPANIONS = {
+    "depth": {"depth_estimator": small_depth},
+    "unclip-l": {"image_encoder": small_tower, "image_normalizer": small_normalizer},
+}
+FURTHER = {
+    "x4-upscaler": {
+        "low_res_scheduler": {
+            "_class_name": "DDPMScheduler",
+            "beta_start": 0.0002,
+            "beta_end": 0.03,
+            "beta_schedule": "scaled_linear",
+            "num_train_timesteps": 1000,
+        }
+    },
+    "unclip-l": {
+        "image_noising_scheduler": {
+            "_class_name": "DDPMScheduler",
+            "beta_schedule": "squaredcos_cap_v2",
+            "num_train_timesteps": 1000,
+        }
+    },
+}
+
+
 def scheduler(variant):
-    v = variant in ("x4-upscaler", "unclip-h")
+    v = variant in ("x4-upscaler", "unclip-l")
     start, end = (0.0001, 0.02) if variant == "x4-upscaler" else (0.00085, 0.012)
     return {
         "_class_name": "DDIMScheduler",
@@ -144,7 +236,16 @@ def saved(tmp_path_factory):
             )
             for name, model in zip(("unet", "vae", "text_encoder"), models, strict=True):
                 model.save_pretrained(folder / name)
-            write(folder / "model_index.json", {"_class_name": PIPELINES[variant]})
+            for name, make in COMPANIONS.get(variant, {}).items():
+                make().save_pretrained(folder / name)
+            for name, value in FURTHER.get(variant, {}).items():
+                write(folder / name / "scheduler_config.json", value)
+            index = {"_class_name": PIPELINES[variant]}
+            if variant == "x4-upscaler":
+                index["max_noise_level"] = 300
+            if variant == "unclip-l":  # 24 + 24 entries are of neither published model
+                write(folder / "variant.json", {"prediction": "v", "variant": variant})
+            write(folder / "model_index.json", index)
             write(folder / "scheduler" / "scheduler_config.json", scheduler(variant))
             write(folder / "tokenizer" / "tokenizer_config.json", {"pad_token": "!"})
             write(folder / "tokenizer" / "vocab.json", {"!": 0, '"': 1})
@@ -166,6 +267,11 @@ def ours(checkpoint, module, prefix):
     return module.eval()
 
 
+def opened(folder):
+    config = folder / "variant.json"
+    return open_checkpoint(folder, config=config if config.is_file() else None)
+
+
 def our_unet(checkpoint):
     config = unet.UNetConfig.from_ldm(checkpoint.configs["unet"])
     return ours(checkpoint, unet.UNet(config), unet.PREFIX)
@@ -175,13 +281,13 @@ def our_unet(checkpoint):
 @torch.inference_mode()
 def test_unet_gives_diffusers_numbers(saved, variant):
     folder, reference, _, _ = saved(variant)
-    checkpoint = open_checkpoint(folder)
+    checkpoint = opened(folder)
     assert checkpoint.facts.variant == variant
     torch.manual_seed(4)
     x = torch.randn(2, UNETS[variant]["in_channels"], 16, 24)
     t = torch.tensor([981.0, 3.0])
     context = torch.randn(2, 77, WIDTH)
-    label = {"x4-upscaler": torch.tensor([20, 350]), "unclip-h": torch.randn(2, 2048)}.get(variant)
+    label = {"x4-upscaler": torch.tensor([20, 350]), "unclip-l": torch.randn(2, 48)}.get(variant)
     want = reference(x, t, context, class_labels=label).sample
     found = our_unet(checkpoint)(x, t, context, label)
     assert (found - want).abs().max() < TOLERANCE
@@ -230,11 +336,11 @@ def test_text_tower_gives_transformers_numbers(saved):
 @pytest.mark.parametrize("variant", UNETS)
 def test_facts_of_the_folder(saved, variant):
     folder = saved(variant)[0]
-    checkpoint = open_checkpoint(folder)
+    checkpoint = opened(folder)
     facts = checkpoint.facts
     assert checkpoint.kind == facts.source.kind == "diffusers"
     assert facts.name == facts.source.file == folder.name
-    assert facts.prediction == ("v" if variant in ("x4-upscaler", "unclip-h") else "eps")
+    assert facts.prediction == ("v" if variant in ("x4-upscaler", "unclip-l") else "eps")
     assert str(folder) in checkpoint.decided["prediction"]
     x4 = variant == "x4-upscaler"
     assert facts.latent.scale == (0.08333 if x4 else 0.18215)
@@ -244,6 +350,83 @@ def test_facts_of_the_folder(saved, variant):
     assert (facts.schedule.beta_start, facts.schedule.beta_end) == want
     t = facts.tokenizer
     assert (t.start, t.end, t.pad, t.length) == (598, 599, 0, 77)
+
+
+# -- what a variant has beside ---------------------------------------------------------------
+
+
+@torch.inference_mode()
+def test_depth_network_gives_transformers_numbers(saved):
+    folder = saved("depth")[0]
+    checkpoint = opened(folder)
+    config = depth.DepthConfig.from_dict(checkpoint.configs["depth"])
+    assert (config.heads, config.stages) == (3, (3, 4, 9))
+    reference = DPTForDepthEstimation.from_pretrained(folder / "depth_estimator")
+    image = torch.rand(2, 3, 384, 384, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    found = ours(checkpoint, depth.DepthNetwork(config), depth.PREFIX)(image)
+    want = reference(image).predicted_depth
+    assert want.std() > 0.1
+    assert (found - want).abs().max() < TOLERANCE * want.abs().max()
+
+
+@torch.inference_mode()
+def test_image_tower_gives_transformers_numbers(saved):
+    folder = saved("unclip-l")[0]
+    checkpoint = opened(folder)
+    config = image_encoder.ImageConfig.from_dict(checkpoint.configs["image_encoder"])
+    assert (config.heads, config.activation) == (4, "quick_gelu")
+    reference = CLIPVisionModelWithProjection.from_pretrained(folder / "image_encoder")
+    pixels = torch.randn(2, 3, 56, 56, generator=torch.Generator().manual_seed(2))
+    found = ours(checkpoint, image_encoder.ImageEncoder(config), image_encoder.PREFIX)(pixels)
+    assert (found - reference(pixels).image_embeds).abs().max() < TOLERANCE
+
+
+def test_facts_of_the_companions(saved):
+    low = opened(saved("x4-upscaler")[0]).facts.low_scale
+    assert (low.schedule.beta_start, low.schedule.beta_end) == (0.0002, 0.03)
+    assert low.max_level == 300
+    checkpoint = opened(saved("unclip-l")[0])
+    image = checkpoint.facts.image_conditioning
+    assert (image.size, image.embedding, image.statistics) == (56, 24, True)
+    assert (image.noise.kind, image.noise.timesteps) == ("squaredcos_cap_v2", 1000)
+    normalizer = small_normalizer()
+    for name, want in (("data_mean", normalizer.mean), ("data_std", normalizer.std)):
+        found = checkpoint.tensors[f"noise_augmentor.{name}"]
+        assert (found.dtype, found.shape) == ("F32", (24,))
+        assert torch.equal(found.torch(), want.detach()[0])
+
+
+def test_a_folder_without_its_depth_network(saved, tmp_path):
+    """A depth map can be given to the run instead."""
+    folder = Path(shutil.copytree(saved("depth")[0], tmp_path / "model"))
+    shutil.rmtree(folder / "depth_estimator")
+    assert "depth" not in opened(folder).configs
+
+
+def test_a_folder_without_its_image_tower(saved, tmp_path):
+    folder = Path(shutil.copytree(saved("unclip-l")[0], tmp_path / "model"))
+    shutil.rmtree(folder / "image_encoder")
+    with pytest.raises(TensorMismatch, match="no image tower") as caught:
+        opened(folder)
+    assert "StableUnCLIPImg2ImgPipeline" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("variant", "component", "name", "value"),
+    [
+        ("depth", "depth_estimator", "is_hybrid", False),
+        ("depth", "depth_estimator", "readout_type", "add"),
+        ("unclip-l", "image_encoder", "hidden_act", "relu"),
+        ("unclip-l", "image_noising_scheduler", "beta_schedule", "linear"),
+        ("x4-upscaler", "low_res_scheduler", "beta_schedule", "linear"),
+    ],
+)
+def test_a_companion_of_another_kind(saved, tmp_path, variant, component, name, value):
+    folder = Path(shutil.copytree(saved(variant)[0], tmp_path / "model"))
+    (file,) = (folder / component).glob("*config.json")
+    write(file, json.loads(file.read_text()) | {name: value})
+    with pytest.raises(BadConfig, match=f"{component}: {name} is '{value}'"):
+        opened(folder)
 
 
 # -- the forms that a folder comes in ----------------------------------------------------------
