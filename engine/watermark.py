@@ -31,7 +31,7 @@ ENOUGH = 26  # bits that must agree to call it the mark; 32 coins do so once in 
 MIN_AREA = 256 * 256  # pixels; the original refuses less
 STEP = 36.0  # between two values of the same bit
 BLOCK = 4  # coarse values on a side
-STRIPE = 2**16  # pixels that are marked at a time, so that the planes stay in the cache
+STRIPE = 2**15  # pixels that are marked at a time, so that the planes stay in the cache
 HALF = 2**-0.5  # the Haar wavelet's only coefficient
 
 # 8-bit YUV as video has it, in 14-bit fixed point as OpenCV does it.
@@ -59,15 +59,14 @@ def encode(pixels: Pixels) -> Pixels:
             hint="make a larger picture, or leave the mark out (`--no-watermark`)",
         )
     marked = np.empty_like(pixels)
-    rows = max(STRIPE // width // (2 * BLOCK), 1) * 2 * BLOCK
     first = 0
-    for top in range(0, height, rows):
-        y, u, v = _yuv(pixels[top : top + rows])
-        inner = u[: len(u) // 4 * 4, : width // 4 * 4]
+    for rows in _stripes(height, width):
+        y, u, v = _yuv(pixels[rows])
+        inner = _inner(u)
         bands = _haar(inner)
         first += _write_bits(bands.coarse, first)
         inner[:] = bands.inverse()
-        _write_rgb(marked[top : top + rows], y, u, v)
+        _write_rgb(marked[rows], y, u, v)
     return marked
 
 
@@ -77,9 +76,8 @@ def decode(pixels: Pixels) -> tuple[list[int], str | None]:
     None when fewer than ENOUGH bits are the mark's. Bits that no block carries (there is one block
     in 8 x 8 pixels) read 0.
     """
-    height, width = pixels.shape[:2]
-    _, u, _ = _yuv(pixels)
-    blocks = _blocks(_haar(u[: height // 4 * 4, : width // 4 * 4]).coarse)
+    stripes = (_inner(_yuv(pixels[rows])[1]) for rows in _stripes(*pixels.shape[:2]))
+    blocks = np.concatenate([_blocks(_haar(u).coarse) for u in stripes])
     values = np.take_along_axis(blocks, _largest(blocks), axis=1)[:, 0]
     ones = np.abs(values) % STEP > STEP / 2
     which = np.arange(len(ones)) % len(BITS)
@@ -92,6 +90,17 @@ def decode(pixels: Pixels) -> tuple[list[int], str | None]:
 def agreeing(bits: list[int]) -> int:
     """How many of 32 bits are the mark's own; 16 is chance."""
     return int((np.array(bits) == BITS).sum())
+
+
+def _stripes(height: int, width: int) -> list[slice]:
+    """Rows that are worked on at a time: whole blocks."""
+    rows = max(STRIPE // width // (2 * BLOCK), 1) * 2 * BLOCK
+    return [slice(top, top + rows) for top in range(0, height, rows)]
+
+
+def _inner(plane: Ints) -> Ints:
+    """What the wavelet takes: sides cut to multiples of 4."""
+    return plane[: plane.shape[0] // 4 * 4, : plane.shape[1] // 4 * 4]
 
 
 @dataclass

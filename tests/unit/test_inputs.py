@@ -113,15 +113,19 @@ class TestTransparency:
         hidden[..., 0] = 200
         assert (read(hidden) == 255).all()
 
-    @pytest.mark.parametrize("mode", ["LA", "PA", "La", "RGBa"])
+    @pytest.mark.parametrize("mode", ["LA", "PA", "RGBa"])
     def test_other_modes_with_alpha(self, mode):
-        rgba = Image.new("RGBA", (2, 1), (90, 90, 90, 255))
-        rgba.putpixel((1, 0), (90, 90, 90, 0))
-        image = rgba.convert("LA").convert(mode) if mode in ("LA", "La") else rgba.convert(mode)
-        if mode == "La":
-            refused("mode La", "RGB", open_picture, image)
-            return
-        np.testing.assert_array_equal(read(image), [[[90] * 3, [255] * 3]])
+        if mode == "PA":
+            image = Image.new("P", (2, 1))
+            image.putpalette([90] * 3)
+        else:
+            image = Image.new("L" if mode == "LA" else "RGB", (2, 1), (90,) * len(mode[:-1]))
+        image.putalpha(Image.frombytes("L", (2, 1), b"\xff\0"))
+        np.testing.assert_array_equal(read(image.convert(mode)), [[[90] * 3, [255] * 3]])
+
+    def test_a_mode_that_pillow_does_not_convert(self):
+        image = Image.new("LA", (2, 1)).convert("La")
+        refused("mode La", "save it as an RGB picture", open_picture, image)
 
     @pytest.mark.parametrize("transparency", [1, b"\xff\x00\xff"])
     def test_palette(self, transparency):
