@@ -8,7 +8,6 @@ checked by  tests/unit/test_inputs.py, tests/golden/test_pictures.py
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -22,6 +21,8 @@ from .sources import Source as Source
 from .sources import check_size, colour_of, converted, eight_bit, lightness, named, opacity, read
 
 Span = tuple[float, float]
+
+MAX_BLUR = 1000
 
 
 def open_picture(source: Source, *, background: str = "white") -> Image.Image:
@@ -182,13 +183,14 @@ def open_mask(
     size        (height, width) of the source picture, upright; a mask of another size is stretched
                 to it, nearest pixel
     invert      white is kept instead
-    blur        standard deviation of a Gaussian, in pixels
+    blur        standard deviation of a Gaussian, 0 to MAX_BLUR pixels
     use_alpha   the mask is the picture's opacity; else its lightness (L of RGB, alpha ignored)
-    raises      RequestError, StorageError as open_picture; RequestError when there is no alpha
+    raises      RequestError, StorageError as open_picture; RequestError for a blur out of range, or
+                when there is no alpha
     """
-    if not (math.isfinite(blur) and blur >= 0):
+    if not 0 <= blur <= MAX_BLUR:
         raise RequestError(
-            f"the mask's blur is {blur}; it must be 0 or more pixels",
+            f"the mask's blur is {blur}; it must be 0 to {MAX_BLUR} pixels",
             hint="give a blur of 0 for a hard edge, 4 to 16 for a soft one",
         )
     image = eight_bit(read(source))

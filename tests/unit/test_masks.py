@@ -198,7 +198,7 @@ class TestOpenMask:
         hard = open_mask(mask, (12, 17)) >= 0.5
         np.testing.assert_array_equal(open_mask(mask, (12, 17), blur=blur) >= 0.5, hard)
 
-    @pytest.mark.parametrize("blur", [-1, math.nan, math.inf])
+    @pytest.mark.parametrize("blur", [-1, math.nan, math.inf, 1001, 1e300])
     def test_impossible_blur(self, blur):
         with pytest.raises(RequestError, match="blur is") as caught:
             open_mask(np.zeros((2, 2), np.uint8), (2, 2), blur=blur)
