@@ -9,7 +9,7 @@ import numpy as np
 
 from ..levels import Doubles, Schedule
 from ..table import Prediction, Table
-from .rows import Rows
+from .rows import Rows, orders
 
 # Adams-Bashforth weights of the newest noise first, by the number of values at hand.
 _EVEN = {
@@ -86,15 +86,15 @@ def lms(schedule: Schedule, prediction: Prediction, order: int = 4) -> Table:
 def deis(schedule: Schedule, prediction: Prediction, order: int = 3) -> Table:
     """DEIS: the polynomial in log(sigma / alpha), integrated over sigma / alpha.
 
-    The last row is first order when it lands on sigma = 0.
+    The order falls to 1 at the end of a run of fewer than 15 rows.
     source      Zhang & Chen 2022, arXiv:2204.13902, eq. 15, "log rho" as diffusers has it
     """
     rows, r = Rows(schedule, "noise"), schedule.ratios.tolist()
-    for i in range(len(schedule)):
+    for i, own in enumerate(orders(schedule, order)):
         if r[i + 1] == 0.0:
             rows.at(i, m={0: -r[i]})
             continue
-        logs = [float(np.log(ratio / r[i])) for ratio in r[i::-1][:order]]
+        logs = [float(np.log(ratio / r[i])) for ratio in r[i::-1][:own]]
         m = integrate(logs, 0.0, float(np.log(r[i + 1] / r[i])), np.exp)
         rows.at(i, m={k: r[i] * weight for k, weight in enumerate(m)})
     return rows.table(prediction)

@@ -15,8 +15,7 @@ import numpy as np
 from ..levels import Doubles, Schedule
 from ..table import Prediction, Table
 from .adams import integrate
-from .multistep import orders
-from .rows import Rows, Weights
+from .rows import Rows, Weights, orders
 
 Variant = Literal["bh1", "bh2"]
 
@@ -26,11 +25,13 @@ def unipc(
 ) -> Table:
     """UniPC in x0; the corrector makes it of order + 1. B(h) is h for bh1, 1 - e^-h for bh2.
 
+    The order falls to 1 at the end of a run that lands on sigma = 0 or has fewer than 15 rows.
     source      Zhao et al. 2023, arXiv:2302.04867, algorithms 7 and 8
     """
     rows, (r, logs) = Rows(schedule, "data"), _levels(schedule)
     predicted, corrected = dict[int, float](), dict[int, float]()
-    for i, own in enumerate(falling(schedule, order)):
+    short = len(schedule) + 1 if schedule.sigmas[-1] == 0.0 else 15
+    for i, own in enumerate(orders(schedule, order, short)):
         keep, h = r[i + 1] / r[i], logs[i + 1] - logs[i]
         past = [(logs[i - k] - logs[i]) / h for k in range(1, own)]
         after = _from_newest(h, past, variant)
@@ -74,7 +75,7 @@ def sa_solver(schedule: Schedule, prediction: Prediction, eta: float = 1.0) -> T
     """
     rows, (r, logs) = Rows(schedule, "data"), _levels(schedule)
     predicted, corrected = dict[int, float](), dict[int, float]()
-    for i, own in enumerate(falling(schedule, 2)):
+    for i, own in enumerate(orders(schedule, 2, short=len(schedule) + 1)):
         tau = eta if _noisy(schedule, float(schedule.timesteps[i])) else 0.0
         g, h = 1.0 + tau**2, logs[i + 1] - logs[i]
         keep = (r[i + 1] / r[i]) ** g
@@ -118,14 +119,6 @@ def _corrected(
     for k, weight in predicted.items():
         m[k + 1] = m.get(k + 1, 0.0) - keep * weight
     return m
-
-
-def falling(schedule: Schedule, most: int) -> list[int]:
-    """Orders that fall to 1 at the end of a short run, and of any that lands on sigma = 0."""
-    found = orders(schedule, most, lower_end=True)
-    if schedule.sigmas[-1] > 0.0:
-        return found
-    return [min(own, len(found) - i) for i, own in enumerate(found)]
 
 
 def _levels(schedule: Schedule) -> tuple[list[float], list[float]]:

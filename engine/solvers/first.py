@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from ..levels import Schedule
 from ..table import Prediction, Table
 from .rows import Rows
@@ -58,6 +60,9 @@ def tcd(schedule: Schedule, prediction: Prediction, eta: float = 0.3) -> Table:
     rows, r = Rows(schedule, "noise"), schedule.ratios.tolist()
     times = [*schedule.timesteps[1:].tolist(), 0.0]
     for i, time in enumerate(times):
-        share = schedule.ratio_at((1.0 - eta) * time) / schedule.ratio_at(time)
+        lower = (1.0 - eta) * time
+        if time.is_integer():
+            lower = math.floor(lower)  # as the paper: a level that the model was trained on
+        share = schedule.ratio_at(lower) / schedule.ratio_at(time)
         rows.at(i, m={0: share * r[i + 1] - r[i]}, noise=r[i + 1] * (1.0 - share**2) ** 0.5)
     return rows.table(prediction)

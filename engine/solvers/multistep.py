@@ -8,21 +8,7 @@ import numpy as np
 
 from ..levels import Schedule
 from ..table import Prediction, Table
-from .rows import Rows, Weights
-
-
-def orders(schedule: Schedule, most: int, lower_end: bool) -> list[int]:
-    """The order of each row: it grows from 1 at the start.
-
-    lower_end   let it fall towards the end of a run of fewer than 15 rows
-    A row that lands on sigma = 0 is first order always.
-    """
-    rows = len(schedule)
-    left = [rows - i if lower_end and rows < 15 else most for i in range(rows)]
-    found = [min(i + 1, most, left[i]) for i in range(rows)]
-    if schedule.sigmas[-1] == 0.0:
-        found[-1] = 1
-    return found
+from .rows import Rows, Weights, orders
 
 
 def _multistep(
@@ -44,7 +30,7 @@ def _multistep(
     rows, r = Rows(schedule, "data"), schedule.ratios
     with np.errstate(divide="ignore"):
         h = -np.diff(np.log(r))
-    for i, own in enumerate(orders(schedule, order, lower_end)):
+    for i, own in enumerate(orders(schedule, order, 15 if lower_end else 0)):
         g = (1.0 + eta) * h[i]
         p1, m = float(-np.expm1(-g)), dict[int, float]()
         p2 = p1 / 2 if own == 2 and second == "midpoint" else 1.0 - p1 / g

@@ -95,6 +95,19 @@ class Rows:
         )
 
 
+def orders(schedule: Schedule, most: int, short: int = 15) -> list[int]:
+    """The order of each row: it grows from 1 at the start, and falls to 1 at a short run's end.
+
+    short       runs of fewer rows fall; 15 as DPM-Solver's authors have it
+    A row that lands on sigma = 0 is first order always.
+    """
+    rows = len(schedule)
+    found = [min(i + 1, most, rows - i if rows < short else most) for i in range(rows)]
+    if schedule.sigmas[-1] == 0.0:
+        found[-1] = 1
+    return found
+
+
 def _spread(weights: list[Weights]) -> Doubles:
     """[R, HISTORY] from one mapping a row."""
     spread = np.zeros((len(weights), HISTORY))
