@@ -14,11 +14,12 @@ from typing import NoReturn
 from ..errors import RequestError, UnknownName
 from ..levels import Schedule
 from ..table import Prediction, Table
+from . import names
 from .adams import deis, ipndm, lms, plms
 from .corrected import sa_solver, unipc
 from .first import ddim, euler, lcm, tcd
 from .multistep import dpmpp_2m, dpmpp_2m_sde, dpmpp_2m_sde_heun, dpmpp_3m, dpmpp_3m_sde
-from .singlestep import dpm2, dpm2_a, dpmpp_2s, dpmpp_2s_a, dpmpp_sde, heun
+from .singlestep import dpm2, dpm2_a, dpmpp_2s, dpmpp_2s_a, dpmpp_sde, heun, restart
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ SOLVERS: dict[str, Solver] = {
     "euler": Solver(euler, "linspace", "Euler"),
     "euler_a": _ancestral(ddim, "linspace", "Euler a"),
     "heun": Solver(heun, "linspace", "Heun", calls=2),
+    "restart": Solver(restart, "karras", "Restart", calls=2, noisy=True),
     "lms": Solver(lms, "linspace", "LMS"),
     "lms_2": Solver(partial(lms, order=2), "linspace", "LMS order 2"),
     "lms_3": Solver(partial(lms, order=3), "linspace", "LMS order 3"),
@@ -83,6 +85,14 @@ def find(name: str) -> Solver:
     if name not in SOLVERS:
         raise UnknownName("sampler", name, SOLVERS)
     return SOLVERS[name]
+
+
+def resolve(name: str) -> tuple[str, str | None]:
+    """(sampler, schedule or None) of a name as other tools write it: `DPM++ 2M Karras`.
+
+    raises      UnknownName, RequestError
+    """
+    return names.resolve(name, {own: solver.title for own, solver in SOLVERS.items()})
 
 
 def make(

@@ -20,10 +20,33 @@ def heun(schedule: Schedule, prediction: Prediction) -> Table:
     """
     rows, r = Rows(schedule, "noise"), schedule.ratios.tolist()
     for i in range(len(schedule)):
-        h = r[i + 1] - r[i]
-        rows.at(i, m={0: h})
-        if r[i + 1] > 0.0:
-            rows.at(i + 1, x={1: 1.0}, m={0: h / 2, 1: h / 2})
+        _heun_step(rows, r, i)
+    return rows.table(prediction)
+
+
+def _heun_step(rows: Rows, r: list[float], i: int, noise: float = 0.0) -> None:
+    h = r[i + 1] - r[i]
+    rows.at(i, m={0: h})
+    if r[i + 1] > 0.0:
+        rows.at(i + 1, x={1: 1.0}, m={0: h / 2, 1: h / 2}, noise=noise)
+
+
+def restart(schedule: Schedule, prediction: Prediction) -> Table:
+    """Heun, with the part from level 2 to level 0.1 run twice: noise leads back up to 2.
+
+    The schedule's own levels are used again, so that the run is that much longer. A schedule that
+    has no level between is Heun's alone.
+    source      Xu et al. 2023, arXiv:2306.14878, algorithm 1; levels as AUTOMATIC1111 has them
+    """
+    rows, r = Rows(schedule, "noise"), schedule.ratios.tolist()
+    known = r[:-1] if r[-1] == 0.0 else r
+    high, low = (min(range(len(known)), key=lambda k: abs(known[k] - at)) for at in (2.0, 0.1))
+    up = max(r[high] ** 2 - r[low] ** 2, 0.0) ** 0.5
+    again = range(high, low) if high < low - 1 else range(0)
+    for i in range(low):
+        _heun_step(rows, r, i, noise=up if again and i + 1 == low else 0.0)
+    for i in [*again, *range(low, len(schedule))]:
+        _heun_step(rows, r, i)
     return rows.table(prediction)
 
 

@@ -192,10 +192,10 @@ def test_every_latent(monkeypatch, case):
             assert distance <= tolerance, f"{steps} steps, {prediction}, row {i}: {distance:.1e}"
 
 
-# No counterpart: ipndm (theirs has its own levels), dpmpp_2s_a, dpmpp_sde (theirs wants a Brownian
-# path) and dpmpp_3m_sde (theirs does not converge, docs/numerics.md) are compared with k-diffusion;
-# euler and lms of other orders are the same code.
-ELSEWHERE = {"ipndm", "lms_2", "lms_3", "dpmpp_2s_a", "dpmpp_sde", "dpmpp_3m_sde"}
+# dpmpp_2s_a, dpmpp_sde (theirs wants a Brownian path) and dpmpp_3m_sde (theirs does not converge,
+# docs/numerics.md) are compared with k-diffusion; ipndm (theirs has its own levels), lms of other
+# orders (the same code) and restart (Heun with one noise more) have the laws.
+ELSEWHERE = {"restart", "ipndm", "lms_2", "lms_3", "dpmpp_2s_a", "dpmpp_sde", "dpmpp_3m_sde"}
 
 
 def test_every_sampler_is_compared():
