@@ -14,7 +14,7 @@ import pytest
 
 from sdengine import backends
 from sdengine.engine.bundle import open_bundle
-from sdengine.engine.errors import FeedMismatch, SessionClosed
+from sdengine.engine.errors import FeedMismatch, MissingPart, SessionClosed
 from sdengine.engine.spec import Profile
 
 COMPONENTS = ("text_encoder", "unet", "vae_encoder", "vae_decoder")
@@ -280,6 +280,88 @@ def test_bound_values_are_the_callers_no_more(sessions, components):
     for value in held.values():
         value[:] = 0
     np.testing.assert_array_equal(view({"sample": feeds["sample"]})["out_sample"], wanted)
+
+
+CUTS = (0, 1, 2)
+
+
+@pytest.mark.parametrize("bound", [False, True], ids=["unbound", "bound"])
+@pytest.mark.parametrize("dims", [{}, sizes("unet")], ids=["free", "static"])
+def test_shallow_with_the_features_of_the_same_step_is_full(dims, bound, sessions, components):
+    """The law of the feature cache: no number is lost at the cut, whichever graph runs."""
+    session, feeds = sessions("unet", dims), inputs(components["unet"], sizes("unet"))
+    wanted = session(feeds)["out_sample"]
+    if bound:
+        session = session.bind({TEXT: feeds.pop(TEXT)})
+    deep = session.graph("deep")(feeds)
+    assert list(deep) == ["out_sample", *(f"features{k}" for k in CUTS)]
+    assert deviations(deep["out_sample"], wanted) <= MAX_ABS_F32
+    for k in CUTS:
+        given = {**feeds, f"features{k}": deep[f"features{k}"]}
+        found = session.graph(f"shallow{k}")(given)
+        assert list(found) == ["out_sample"]
+        assert deviations(found["out_sample"], wanted) <= MAX_ABS_F32
+        given[f"features{k}"] = -given[f"features{k}"]
+        other = session.graph(f"shallow{k}")(given)["out_sample"]
+        assert deviations(other, wanted) > 0.1, "the features decide"
+
+
+def test_shallow_in_bfloat16(backend, sessions, components, reference):
+    if "bf16" not in backend.probe().precisions:
+        pytest.skip(f"{backend.name} computes in {', '.join(backend.probe().precisions)} here")
+    session, feeds = (
+        sessions("unet", sizes("unet"), "bf16"),
+        inputs(components["unet"], sizes("unet")),
+    )
+    deep = session.graph("deep")(feeds)
+    for k in CUTS:
+        given = {**feeds, f"features{k}": deep[f"features{k}"]}
+        found = session.graph(f"shallow{k}")(given)["out_sample"]
+        assert psnr_db(found, reference("unet", feeds)) >= MIN_PSNR_DB_BF16
+
+
+def test_features_are_those_of_torch(sessions, components):
+    """Reference: the activations of torch's own module, caught by a hook where skip k joins."""
+    import torch
+    from safetensors.torch import load_file
+
+    from sdengine.export.modules import unet
+
+    component, feeds = components["unet"], inputs(components["unet"], sizes("unet"))
+    module = unet.UNet(unet.UNetConfig.from_dict(dict(component.config))).eval()
+    stored = load_file(component.weights)
+    module.load_state_dict({k.removeprefix(unet.PREFIX): v.float() for k, v in stored.items()})
+    caught = {}
+    blocks = list(module.output_blocks)
+    for k in CUTS:
+        # What enters the block that takes skip k is what the block before it has given.
+        blocks[-2 - k].register_forward_hook(lambda *args, k=k: caught.update({k: args[-1]}))
+    with torch.inference_mode():
+        module(**{n: torch.from_numpy(v) for n, v in feeds.items()})
+    deep = sessions("unet", sizes("unet")).graph("deep")(feeds)
+    for k in CUTS:
+        assert deviations(deep[f"features{k}"], caught[k].numpy()) <= MAX_ABS_F32
+
+
+def test_views_of_graphs_share_what_is_bound_and_nothing_else(sessions, components):
+    """Deep and shallow of two texts, run in turn: none sees the other's text or features."""
+    session, dims = sessions("unet", sizes("unet")), sizes("unet")
+    feeds = [inputs(components["unet"], dims, seed) for seed in (1, 2)]
+    wanted = [session(f)["out_sample"] for f in feeds]
+    views = [session.bind({TEXT: f.pop(TEXT)}) for f in feeds]
+    deep = [v.graph("deep")(f) for v, f in zip(views, feeds, strict=True)]
+    for view, f, made, want in zip(views, feeds, deep, wanted, strict=True):
+        found = view.graph("shallow1")({**f, "features1": made["features1"]})["out_sample"]
+        assert deviations(found, want) <= MAX_ABS_F32
+
+
+def test_a_graph_that_is_not_there(sessions):
+    for name in ("shallow7", "prologue"):
+        with pytest.raises(MissingPart, match=f"unet has no graph '{name}'; it has ") as caught:
+            sessions("unet", sizes("unet")).graph(name)
+        assert "sdengine export BUNDLE --out FOLDER" in caught.value.hint
+    with pytest.raises(MissingPart, match="vae_decoder has no graph 'deep'; it has full"):
+        sessions("vae_decoder", sizes("vae_decoder")).graph("deep")
 
 
 def test_free_dimensions_are_fixed_by_what_is_bound(sessions, components):

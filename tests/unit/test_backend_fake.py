@@ -12,6 +12,7 @@ from sdengine.engine.errors import BackendError
 from sdengine.engine.spec import Component, ComponentSpec, Graph, Profile, TensorSpec
 
 F = "float32"
+FEATURES = TensorSpec("features1", F, ("B", 6, "h", "w"))
 SPECS = {
     "text_encoder": (
         [TensorSpec("input_ids", "int64", ("B", 77))],
@@ -39,9 +40,14 @@ SPECS = {
 
 def load(backend, name):
     inputs, outputs = map(tuple, SPECS[name])
-    full = Graph("full", Path("full.onnx"), "", inputs, outputs)
+    graphs = {"full": Graph("full", Path("full.onnx"), "", inputs, outputs)}
+    if name == "unet":
+        deep = (*outputs, FEATURES)
+        graphs["deep"] = Graph("deep", Path("deep.onnx"), "", inputs, deep)
+        shallow = (*inputs, FEATURES)
+        graphs["shallow1"] = Graph("shallow1", Path("shallow1.onnx"), "", shallow, outputs)
     spec = ComponentSpec(name, inputs, outputs)
-    component = Component(spec, {"full": full}, Path("weights.safetensors"), "", {}, "")
+    component = Component(spec, graphs, Path("weights.safetensors"), "", {}, "")
     return backend.load(component, Profile())
 
 
@@ -113,6 +119,21 @@ def test_encoder_undoes_decoder(rng):
     moments = load(Fake(), "vae_encoder")({"image": image})["moments"]
     np.testing.assert_allclose(moments[:, :3], latent[:, :3], atol=1e-5)
     assert (moments[:, 4:] == -30).all(), "no noise in the sample"
+
+
+def test_deep_features_are_the_picture_and_shallow_looks_at_nothing_else(levels, rng):
+    """One text's features make the other text's network answer for the first one's picture."""
+    backend = Fake()
+    unet = load(backend, "unet")
+    text, other = rng.standard_normal((2, 2, 77, 16)).astype(np.float32)
+    e, alpha, sigma = rng.standard_normal((2, 4, 8, 16)), levels[0][500], levels[1][500]
+    x = alpha * picture(text, (4, 8, 16)) + sigma * e
+    deep = unet.graph("deep")(unet_feeds(x, [500, 500], text))
+    np.testing.assert_allclose(deep["out_sample"], e, atol=1e-5)
+    np.testing.assert_allclose(deep["features1"][:, :4], picture(text, (4, 8, 16)), atol=1e-6)
+    feeds = {**unet_feeds(x, [500, 500], other), "features1": deep["features1"]}
+    np.testing.assert_allclose(unet.graph("shallow1")(feeds)["out_sample"], e, atol=1e-5)
+    assert backend.calls == {"unet/deep": 1, "unet/shallow1": 1}
 
 
 def test_calls_are_counted():

@@ -337,14 +337,15 @@ def test_a_value_of_the_wrong_kind(
         (
             put(
                 [tiny.SAMPLE, tiny.tensor("features0", "B", 5, "h", "w")],
-                *UNET, "graphs", "shallow0", "inputs",
-            ),  # fmt: skip
+                *UNET,
+                "graphs",
+                "shallow0",
+                "inputs",
+            ),
             ("graphs.shallow0.inputs", "features0: float32[B, 5, h, w]"),
         ),
         (
-            put(
-                [tiny.FEATURES, tiny.tensor("else", "B")], *UNET, "graphs", "shallow0", "inputs"
-            ),
+            put([tiny.FEATURES, tiny.tensor("else", "B")], *UNET, "graphs", "shallow0", "inputs"),
             ("graphs.shallow0.inputs", "else"),
         ),
         (
