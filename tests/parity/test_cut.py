@@ -1,4 +1,4 @@
-"""Cutting is exact, whatever a variant of the network takes, and the counter counts what torch counts."""
+"""Cutting is exact, whatever a network takes beside text; multiply-adds are those of torch's counter."""
 
 from __future__ import annotations
 
