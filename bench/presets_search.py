@@ -3,8 +3,9 @@
     python -m sdengine.bench.presets_search --out presets.jsonl --prompts 64 --minutes 60
 
 Each setting is a Preset: sampler, schedule, steps, cache interval or rows, cut, guidance interval.
-All are tried on a few prompts first; those on the Pareto front of cost and quality, and close to
-it, are tried on all prompts. Quality is the PSNR of the picture against the same seed in float32
+The first round tries them on a few prompts, by chance and, more and more, one knob away from those
+on the Pareto front of cost and quality. The last round tries what lies on the front, and close to
+it, on all prompts. Quality is the PSNR of the picture against the same seed in float32
 with the steps of --reference; a fast setting must beat plain fewer steps, which are in the search.
 
 The file has one JSON line a setting and number of prompts, and is read again at the next start:
@@ -19,7 +20,7 @@ import json
 import random
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from .. import api, backends
-from ..engine import images, latents, presets, schedule, solvers
+from ..engine import images, latents, schedule, solvers
 from ..engine.bundle import Bundle, open_bundle
 from ..engine.errors import RequestError
 from ..engine.guidance import Guidance
@@ -43,11 +44,14 @@ from ..engine.tokenizer import Tokenizer
 
 SUBJECTS = Path(__file__).parents[1] / "models" / "recipe" / "subjects.txt"
 REFERENCE = Preset("f32", 50, "dpmpp_2m")
+NEARBY = 0.7  # of the first round's settings: one knob away from the front
 NEAR_DB = 1.0  # how far below the front a setting of the first round may lie
 STEPS = (6, 8, 10, 12, 14, 16, 18, 20, 25)
 CACHES = (1, 2, 3, 4, 5, "early", "middle")  # an interval, or where the deep rows are densest
 INTERVALS = (None, (0.2, 20.0), (0.5, 20.0), (0.0, 6.0), (0.2, 6.0))
 CENTRES = {"early": 0.2, "middle": 0.5}
+
+Knobs = tuple[Any, ...]  # sampler, schedule, steps, cache, cut, interval
 
 
 class Drawer:
@@ -131,16 +135,18 @@ class Found:
         return cls(Preset(**knobs), line["cost"], tuple(line["psnr_db"]))
 
 
-def settings(drawer: Drawer, precision: Precision, limit: float) -> Iterator[tuple[Preset, float]]:
+def settings(
+    drawer: Drawer, samplers: Sequence[str], precision: Precision, limit: float
+) -> dict[Knobs, tuple[Preset, float]]:
     """All settings of at most this cost, each once, with their cost."""
+    found: dict[Knobs, tuple[Preset, float]] = {}
     costs = costs_of(drawer.bundle.components["unet"])
     cuts = sorted(int(n.removeprefix("shallow")) for n in costs if n.startswith("shallow"))
-    seen: set[Preset] = set()
-    samplers = [(n, s) for n, s in solvers.SOLVERS.items() if not s.eta or n == "ddim"]
-    spacings = (None, *(n for n in schedule.SCHEDULES if n != "reference"))
-    knobs = itertools.product(samplers, spacings, STEPS, CACHES, cuts or [0], INTERVALS)
-    for (sampler, solver), spacing, steps, cache, cut, interval in knobs:
-        if spacing == solver.schedule or (cache == 1 and cut != 0):
+    spacings = [n for n in schedule.SCHEDULES if n != "reference"]  # which is `leading`
+    caches = CACHES if cuts else (1,)
+    for knobs in itertools.product(samplers, spacings, STEPS, caches, cuts or [0], INTERVALS):
+        sampler, spacing, steps, cache, cut, interval = knobs
+        if cache == 1 and cut != 0:
             continue  # the same as another one
         preset = Preset(precision, steps, sampler, spacing, 1, cut, interval)
         try:
@@ -149,9 +155,16 @@ def settings(drawer: Drawer, precision: Precision, limit: float) -> Iterator[tup
             price = cost(drawer.table(preset), costs)
         except RequestError:
             continue  # this solver has no such schedule, or no such number of steps
-        if price <= limit and preset not in seen:
-            seen.add(preset)
-            yield preset, price
+        if price <= limit:
+            found[knobs] = preset, price
+    return found
+
+
+def one_away(knobs: Knobs, others: Mapping[Knobs, Any]) -> list[Knobs]:
+    """Those of `others` that differ in one knob."""
+    values = [sorted({o[i] for o in others}, key=repr) for i in range(len(knobs))]
+    changed = ((*knobs[:i], v, *knobs[i + 1 :]) for i, row in enumerate(values) for v in row)
+    return [o for o in changed if o in others]
 
 
 def _rows(cache: int | str, rows: int) -> int | tuple[int, ...]:
@@ -222,16 +235,18 @@ def search(args: argparse.Namespace) -> list[Found]:
             file.write(json.dumps(found.line()) + "\n")
         return found
 
-    todo = list(settings(drawer, args.precision, args.limit))
-    random.Random(args.seed).shuffle(todo)
-    first: list[Found] = []
-    for i, (preset, price) in enumerate(todo):
-        if time.monotonic() > deadline - 60 * args.minutes * args.last_round:
-            break
-        first.append(measure(preset, price, min(args.first, len(prompts))))
-        _say(f"first round {i + 1} of {len(todo)}")
+    samplers = args.samplers.split(",") if args.samplers else list(solvers.SOLVERS)
+    todo = settings(drawer, samplers, args.precision, args.limit)
+    chance = random.Random(args.seed)
+    tried: dict[Found, Knobs] = {}
+    while todo and time.monotonic() < deadline - 60 * args.minutes * args.last_round:
+        near = [k for one in front(tried) for k in one_away(tried[one], todo)]
+        knobs = chance.choice(near if near and chance.random() < NEARBY else list(todo))
+        found = measure(*todo.pop(knobs), min(args.first, len(prompts)))
+        tried[found] = knobs
+        _say(f"first round {len(tried)} of {len(tried) + len(todo)}")
     last: list[Found] = []
-    for i, one in enumerate(promising(first)):
+    for i, one in enumerate(promising(list(tried))):
         if time.monotonic() > deadline:
             break
         last.append(measure(one.preset, one.cost, len(prompts)))
@@ -257,6 +272,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--backend", default="openvino")
     parser.add_argument("--precision", default="bf16", choices=("f32", "bf16", "int8"))
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--samplers", help="their names, with commas; all of them by default")
     parser.add_argument("--subjects", type=Path, default=SUBJECTS, help="a prompt a line")
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--first", type=int, default=6, help="prompts of the first round")

@@ -1,4 +1,4 @@
-"""Cutting is exact, whatever a network takes beside text; multiply-adds are those of torch's counter."""
+"""Cutting is exact, whatever a network takes; multiply-adds are those that torch counts."""
 
 from __future__ import annotations
 
