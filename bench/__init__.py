@@ -1,0 +1,1 @@
+"""Measuring: speed, memory, quality of sdengine and its peers. The product never imports it."""
