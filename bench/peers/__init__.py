@@ -1,0 +1,1 @@
+"""Engines that sdengine is measured against, each in a process and an environment of its own."""
