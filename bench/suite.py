@@ -71,6 +71,8 @@ def measure(
         add_rates(found, ordered, command)  # once more: the better of both is the machine's
     for row in found.rows:
         limits.attach(row, found)
+    asked = {case.name: index for index, case in enumerate(rows)}
+    found.rows.sort(key=lambda row: asked.get(row["name"], -1))
     found.complete = True
     results.save(found, out)
     return found

@@ -43,7 +43,7 @@ class Ours:
             able[name] = {**facts, "precisions": usable}
         return {"model": model_facts(bundle), "backends": able}
 
-    def load(self, options: dict[str, Any], spawned: float) -> dict[str, Any]:
+    def load(self, options: dict[str, Any], spawned: float, **_: Any) -> dict[str, Any]:
         """options     keyword arguments of sdengine.load
         spawned     time.monotonic() when this process was started"""
         self._spawned = spawned
