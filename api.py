@@ -18,6 +18,7 @@ from .engine.metadata import read_metadata
 from .engine.paths import cache_dir
 from .engine.pipeline import Pipeline
 from .engine.ports import Backend, Probe, Session
+from .engine.presets import PRESETS
 from .engine.spec import PRECISIONS, Precision, Profile
 
 log = logging.getLogger("sdengine")
@@ -34,6 +35,7 @@ def load(
     backend: str = "auto",
     precision: Precision | None = None,
     threads: int | None = None,
+    preset: str | None = None,
     progress: Progress | None = None,
 ) -> Pipeline:
     """A pipeline, ready for requests.
@@ -43,11 +45,14 @@ def load(
     backend     a name of backends.NAMES, or "auto": the fastest that can run here
     precision   None takes the fastest that the backend has here and the bundle has proved
     threads     processor threads; None leaves it to the backend
+    preset      a name of engine.presets.PRESETS, whose precision is taken when none is asked for
     progress    called with (what, fraction done) while a checkpoint is exported
     raises      BundleError, BackendError, CheckpointError, ExportError, RequestError
     """
     bundle = open_bundle(find_model(model, progress))
     chosen, probe, why = backends.choose(None if backend == "auto" else backend)
+    if precision is None and preset is not None:
+        precision = preset_precision(bundle, chosen.name, probe, preset)
     precision = choose_precision(bundle, chosen.name, probe, precision)
     log.info("backend %s, precision %s: %s", chosen.name, precision, why)
     sessions = EngineSessions(bundle, chosen, precision, threads)
@@ -158,6 +163,20 @@ def choose_precision(
     )
 
 
+def preset_precision(bundle: Bundle, backend: str, probe: Probe, preset: str) -> Precision:
+    """The precision that a preset asks for, or float32 where it cannot be had.
+
+    int8 is a quantised model: a bundle that has none is told so, not run in another precision.
+    raises      UnknownName
+    """
+    if preset not in PRESETS:
+        raise UnknownName("preset", preset, PRESETS)
+    wanted = PRESETS[preset].precision
+    proved = bundle.targets[backend].precisions if backend in bundle.targets else ()
+    possible = wanted == "int8" or (wanted in probe.precisions and wanted in (*proved, "f32"))
+    return wanted if possible else "f32"
+
+
 class EngineSessions:
     """The networks of a bundle on one backend: compiled when first asked for, the last few kept."""
 
@@ -174,6 +193,8 @@ class EngineSessions:
                 f"{self._bundle.path.name} has no component {component!r}",
                 hint=f"it has {', '.join(self._bundle.components)}; export the checkpoint again",
             )
+        named = self._bundle.components[component].spec.dims
+        dims = {name: size for name, size in dims.items() if name in named}
         profile = Profile(dims, self._precision, self._threads)
         key = (component, profile)
         if key not in self._open:

@@ -182,9 +182,60 @@ def run(
     schedule: Annotated[
         str | None, typer.Option(help="Spacing of the levels; without it, the sampler's own.")
     ] = None,
+    sigmas: Annotated[
+        str | None,
+        typer.Option(help="Levels of noise (sigma / alpha), largest first: 14.6,5,2,0.8,0."),
+    ] = None,
+    timesteps: Annotated[
+        str | None, typer.Option(help="What the network is told, largest first: 999,749,499,249.")
+    ] = None,
+    zero_snr: Annotated[
+        bool | None,
+        typer.Option("--zero-snr", help="Start at pure noise: for v models so trained."),
+    ] = None,
     eta: Annotated[
         float | None, typer.Option(help="Fresh noise in each step, 0 to 1, for some samplers.")
     ] = None,
+    s_noise: Annotated[
+        float | None, typer.Option(help="What the fresh noise of a step is multiplied by.")
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="A trade of quality for speed; other options go before it.")
+    ] = None,
+    cache: Annotated[
+        int | None, typer.Option(help="Run the network whole every so many steps; 1: always.")
+    ] = None,
+    cut: Annotated[
+        int | None, typer.Option(help="Where the network is cut for the cache; 0 is the cheapest.")
+    ] = None,
+    guidance_interval: Annotated[
+        str | None, typer.Option(help="Guide between two levels of noise only: 0.2,6.")
+    ] = None,
+    guidance_scales: Annotated[
+        str | None, typer.Option(help="One for each network call, with commas between.")
+    ] = None,
+    cfg_plus_plus: Annotated[
+        float | None, typer.Option(help="CFG++ in place of guidance: its share, 0 to 1.")
+    ] = None,
+    solver: Annotated[
+        str | None, typer.Option(help="A sampler in a JSON file; see docs/samplers.md.")
+    ] = None,
+    rescale: Annotated[
+        float | None, typer.Option(help="Against overexposed pictures of high guidance, 0 to 1.")
+    ] = None,
+    halves: Annotated[
+        str | None, typer.Option(help="The halves of guidance in one network call, or in two.")
+    ] = None,
+    prompt_weights: Annotated[
+        bool | None, typer.Option("--prompt-weights", help="Read (word:1.3) and [word] as weights.")
+    ] = None,
+    long_prompt: Annotated[
+        bool | None, typer.Option("--long-prompt", help="Do not cut prompts off at 75 tokens.")
+    ] = None,
+    variation_seed: Annotated[
+        int | None, typer.Option(help="Turn the noise of --seed towards that of this seed.")
+    ] = None,
+    variation_strength: Annotated[float | None, typer.Option(help="How far, 0 to 1.")] = None,
     seed: Annotated[
         int | None, typer.Option(help="Of the first picture; without it, one is drawn.")
     ] = None,
@@ -231,10 +282,24 @@ def run(
         str | None, typer.Option(help="Of the arithmetic; without it, the fastest proved one.")
     ] = None,
     threads: Annotated[int | None, typer.Option(help="Processor threads.")] = None,
+    preview: Annotated[
+        int | None,
+        typer.Option(help="Every so many steps, write a rough picture to NAME.preview.png."),
+    ] = None,
+    stop_after: Annotated[
+        int | None, typer.Option(help="Stop after so many steps; goes with --save-latents.")
+    ] = None,
+    save_latents: Annotated[
+        Path | None,
+        typer.Option(help="Where to save a run that is stopped (Ctrl-C too), to go on later."),
+    ] = None,
+    from_latents: Annotated[
+        Path | None, typer.Option(help="Go on with a run that --save-latents saved.")
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Make pictures of a prompt; print their paths."""
+    """Make pictures, from a prompt and from pictures; print their paths."""
     asked = _given(
         prompt=prompt,
         negative_prompt=negative_prompt,
@@ -244,7 +309,24 @@ def run(
         guidance=guidance,
         sampler=sampler,
         schedule=schedule,
+        sigmas=_numbers("sigmas", sigmas),
+        timesteps=_numbers("timesteps", timesteps),
+        zero_snr=zero_snr,
         eta=eta,
+        s_noise=s_noise,
+        preset=preset,
+        cache=cache,
+        cut=cut,
+        guidance_interval=_numbers("guidance-interval", guidance_interval),
+        guidance_scales=_numbers("guidance-scales", guidance_scales),
+        cfg_plus_plus=cfg_plus_plus,
+        solver=solver,
+        rescale=rescale,
+        halves=halves,
+        prompt_weights=prompt_weights,
+        long_prompt=long_prompt,
+        variation_seed=variation_seed,
+        variation_strength=variation_strength,
         seed=seed,
         count=count,
         batch_size=batch_size,
@@ -265,31 +347,52 @@ def run(
     )
     pictures = _given(image=image if image else None, mask=mask, depth=depth)
     how = _given(model=model, backend=backend, precision=precision, threads=threads)
+    if stop_after is not None and save_latents is None:
+        raise RequestError(
+            "--stop-after without --save-latents would throw the run away",
+            hint="name a file for it: --save-latents run.latents",
+        )
+    from .engine import state
     from .engine.describe import timing_line
     from .engine.outputs import Output
     from .engine.request import Progress, Request
 
+    resume = None
     if from_picture is not None:
         from .api import recorded
 
         past = recorded(from_picture, pictures)
         asked, pictures, how = dict(past.request) | asked, past.pictures, past.how | how
+    if from_latents is not None:
+        resume = state.load(from_latents)
+        asked = dict(resume.request) | asked
     request, output = Request.from_dict(asked), Output.parse(out)
     output.check()
     from . import api
 
     paths: list[Path] = []
+    last: list[state.Saved] = []
+    moves = {"on_state": last.append, "stop_after": stop_after, "resume": resume}
     with _progress(quiet) as report:
 
         def on_step(at: Progress) -> None:
             report(f"picture {at.picture + 1} of {at.pictures}", at.step, at.steps)
+            if preview is not None and at.guess is not None and at.step % preview == 0:
+                output.preview(request.prompt, at.guess())
 
-        with api.load(**how, progress=lambda what, done: report(what, done, 1.0)) as pipe:
-            for result in pipe.stream(request, on_step=on_step, **pictures):
-                for picture in result.pictures[len(paths) :]:
-                    paths.append(output.save(picture, request.count))
-                    if not as_json:
-                        _print_path(paths[-1])
+        if save_latents is None:
+            del moves["on_state"]
+        loading = _given(**how, preset=request.preset)
+        with api.load(**loading, progress=lambda what, done: report(what, done, 1.0)) as pipe:
+            try:
+                for result in pipe.stream(request, on_step=on_step, **pictures, **_given(**moves)):
+                    for picture in result.pictures[len(paths) :]:
+                        paths.append(output.save(picture, request.count))
+                        if not as_json:
+                            _print_path(paths[-1])
+            finally:
+                if save_latents is not None and last and not paths:
+                    _print_path(state.save(last[-1], save_latents))
     for warning in result.warnings:
         _say(f"warning: {warning}")
     if not quiet:
@@ -400,17 +503,12 @@ def doctor(as_json: Json = False) -> None:
 
 
 def _inspect_picture(path: Path, as_json: bool) -> None:
-    from .engine.metadata import read_metadata
+    from .engine.describe import picture_facts, picture_lines
 
-    found = read_metadata(path)
     if as_json:
-        _print_json({"path": str(path), **vars(found)})
-        return
-    typer.echo(
-        found.parameters if found.parameters else "this picture does not say how it was made"
-    )
-    if found.request is not None:
-        typer.echo(json.dumps({"request": found.request, "about": found.about}, indent=2))
+        _print_json(picture_facts(path))
+    else:
+        typer.echo("\n".join(picture_lines(path)))
 
 
 def _named(what: str) -> Path:
@@ -429,6 +527,18 @@ def _named(what: str) -> Path:
 def _given(**options: Any) -> dict[str, Any]:
     """Options that the user gave; for the others the called function's own defaults hold."""
     return {name: value for name, value in options.items() if value is not None}
+
+
+def _numbers(name: str, text: str | None) -> tuple[float, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise RequestError(
+            f"--{name} {text!r} is no list of numbers",
+            hint=f"give numbers with commas between: --{name} 14.6,5,0.8,0",
+        ) from None
 
 
 def _bundle_facts(path: Path) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +59,8 @@ class Finisher:
         if verdict.objected or verdict.word == safety.NONE:
             self._warn(f"safety: {verdict.word}")
         image, mark = self._marked(verdict.image)
-        own = replace(request, seed=request.seed_of(index), count=1, batch_size=1)
         about = {**self.about, "watermark": mark, "safety": verdict.word}
-        return Picture(image, own, latent, about)
+        return Picture(image, request.own(index), latent, about)
 
     def _pasted(self, pixels: Pixels) -> Pixels:
         work = self.work

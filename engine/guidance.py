@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from .table import Row
 
 Open = Callable[[str, Mapping[str, int]], Session]
 Half = Literal["both", "uncond", "cond"]
+Halves = Literal["together", "apart"]
 OUT = "out_sample"
 
 
@@ -66,7 +67,7 @@ class Guidance:
         cond: Array,
         conditions: Conditions = Conditions(),
         *,
-        halves: Literal["together", "apart"] = "together",
+        halves: Halves = "together",
         rescale: float = 0.0,
     ) -> None:
         self._open, self._uncond, self._cond = open_session, uncond, cond
@@ -82,6 +83,24 @@ class Guidance:
         """The row whose features are held, None before the first one: a saved run that goes on
         without them must begin where `presets.check_start` allows it."""
         return None if self._cached is None else self._cached.row
+
+    def features(self) -> dict[str, Array]:
+        """What is held for shallow rows, `both.features0` -> array: for a run that is saved."""
+        if self._cached is None:
+            return {}
+        return {
+            f"{half}.{name}": value
+            for half, arrays in self._cached.halves.items()
+            for name, value in arrays.items()
+        }
+
+    def restore(self, row: int, features: Mapping[str, Array]) -> None:
+        """Hold what `features` gave in another process, after that many rows."""
+        halves: dict[Half, dict[str, Array]] = {}
+        for key, value in features.items():
+            half, _, name = key.partition(".")
+            halves.setdefault(cast("Half", half), {})[name] = value
+        self._cached = Cached(row - 1, halves) if halves else None
 
     def __call__(self, x: Array, row: Row) -> Array:
         guided = row.guidance != 1.0
@@ -151,7 +170,7 @@ class Guidance:
             if half not in self._bound:
                 text = self._text(half)
                 held = {"encoder_hidden_states": text, **self._labels(half)}
-                dims = {"B": len(text), "h": x.shape[2], "w": x.shape[3]}
+                dims = {"B": len(text), "T": text.shape[1], "h": x.shape[2], "w": x.shape[3]}
                 self._bound[half] = self._open("unet", dims).bind(held)
             self._graphs[half, graph] = self._bound[half].graph(graph)
         return self._graphs[half, graph]

@@ -52,13 +52,20 @@ class Output:
         """Ask before the run whether it can be written. Raises as images.check_output."""
         images.check_output(self.folder / "picture.png" if self.file is None else self.file)
 
+    def preview(self, prompt: str, pixels: images.Pixels) -> Path:
+        """A rough picture, over the one before: `out.preview.png`. Raises as images.save."""
+        place = self.folder / stem(prompt) if self.file is None else self.file
+        return images.save(Image.fromarray(pixels), place.with_suffix(".preview.png"))
+
     def save(self, picture: Savable, count: int) -> Path:
         """One picture of `count`. Raises as images.save."""
-        seed = picture.request.seed
-        assert seed is not None, "a picture's own request names its seed"
+        request = picture.request
+        assert request.seed is not None, "a picture's own request names its seed"
+        varied = request.variation_seed
+        seed = str(request.seed) if varied is None else f"{request.seed}-{varied}"
         text = picture.text()
         if self.file is None:
-            name = f"{stem(picture.request.prompt)}.{seed}"
+            name = f"{stem(request.prompt)}.{seed}"
             return images.save_new(picture.image, self.folder, name, ".png", text)
         numbered = self.file.with_name(f"{self.file.stem}.{seed}{self.file.suffix}")
         return images.save(picture.image, self.file if count == 1 else numbered, text)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -11,34 +11,40 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from . import safety, tasks
+from . import presets, safety, tasks, textplan
+from .batch import Batch
 from .bundle import Bundle
 from .clock import Metered, stage
 from .errors import RequestError
 from .finish import Finisher, Picture
 from .given import Given
-from .guidance import Conditions, Guidance
-from .loop import Settle, denoise
-from .noise import noise_stream
-from .ports import Array, Floats, Sessions
+from .loop import denoise
+from .noise import VariedNoise, noise_stream
+from .ports import Floats, Sessions
 from .request import Progress, Request, Timings
 from .setup import set_up
-from .table import Row
-from .tasks import Beginning, Streams, Task, Work, inpaint
+from .state import Saved
+from .table import Table
+from .tasks import Streams, Task
 from .tasks.work import Statistics
 from .tokenizer import Tokenizer
 
 OnStep = Callable[[Progress], None]
+OnState = Callable[[Saved], None]
 
 
 @dataclass
 class Result:
-    """What a run gives. `request` is the one that ran, with nothing left open."""
+    """What a run gives. `request` is the one that ran, with nothing left open.
+
+    cost        of one picture, in calls of the full UNet with both halves
+    """
 
     request: Request
     pictures: list[Picture] = field(default_factory=list)
     timings: Timings = field(default_factory=Timings)
     warnings: list[str] = field(default_factory=list)
+    cost: float = 0.0
 
     @property
     def image(self) -> Image.Image:
@@ -48,6 +54,14 @@ class Result:
     @property
     def images(self) -> list[Image.Image]:
         return [p.image for p in self.pictures]
+
+
+@dataclass(frozen=True)
+class _Control:
+    on_step: OnStep | None
+    on_state: OnState | None
+    stop_after: int | None
+    resume: Saved | None
 
 
 class Pipeline:
@@ -67,6 +81,7 @@ class Pipeline:
                       "model_sha256": bundle.facts.source.sha256, **about}  # fmt: skip
         self._sessions = sessions
         self._tokenizer = Tokenizer(bundle.tokenizer_file, bundle.facts.tokenizer)
+        self._unet = bundle.component("unet")
         classifier = bundle.components.get(safety.COMPONENT)
         self._classifier = None if classifier is None else classifier.config
         self._statistics: Statistics = (None, None)
@@ -93,36 +108,48 @@ class Pipeline:
         return result
 
     def stream(
-        self, request: Request | None = None, /, *, on_step: OnStep | None = None, **fields: Any
+        self,
+        request: Request | None = None,
+        /,
+        *,
+        on_step: OnStep | None = None,
+        on_state: OnState | None = None,
+        stop_after: int | None = None,
+        resume: Saved | None = None,
+        **fields: Any,
     ) -> Iterator[Result]:
-        """As a call, but yields the same, growing Result after each batch of pictures."""
+        """As a call, but yields the same, growing Result after each batch of pictures.
+
+        on_state    called after each network call with what is needed to go on from there
+        stop_after  network calls, after which the first batch is left unfinished
+        resume      go on from there; the request must be the one that was saved with it
+        """
         given = Given.take(fields)
         asked = _request(request, fields)
         task = tasks.choose(self.facts, asked.task, given)
         native = None if task.placed else self.facts.native_size
         result = Result(asked.completed(task.name, native))
-        return self._batches(task, given, result, on_step)
+        control = _Control(on_step, on_state, stop_after, resume)
+        return self._batches(task, given, result, control)
 
     def _batches(
-        self, task: Task, given: Given, result: Result, on_step: OnStep | None
+        self, task: Task, given: Given, result: Result, control: _Control
     ) -> Iterator[Result]:
         timings = result.timings
         sessions = Metered(self._sessions, timings)
         with _running(timings):
             with stage(timings, "prepare"):
-                setting = set_up(task, self.facts, result.request, given)
-            request, table, work = (
-                setting.request,
-                setting.table,
-                setting.work(sessions, self._statistics),
-            )
+                setting = set_up(task, self.facts, result.request, given, self._unet.graphs)
+            request, table = setting.request, setting.table
+            work = setting.work(sessions, self._statistics)
             result.request = request
             result.warnings.extend(setting.warnings)
+            result.cost = presets.cost(table, presets.costs_of(self._unet))
             with stage(timings, "text"):
-                uncond, cond = self._encode(sessions, request, result.warnings)
+                texts = self._encode(sessions, request, table, result.warnings)
             with stage(timings, "prepare"):
                 begin = task.prepare(work)
-            about = {**self.about, **given.about()}
+            about = {**self.about, **given.about(), "cost": f"{result.cost:.4g}"}
             finish = Finisher(work, about, self._classifier, result.warnings)
         for first in range(0, request.count, request.batch_size):
             with _running(timings):
@@ -130,54 +157,67 @@ class Pipeline:
                 streams = [self._streams(request, first + k) for k in range(count)]
                 with stage(timings, "prepare"):
                     begun = [begin(own) for own in streams]
-                texts = _repeat(uncond, count), _repeat(cond, count)
-                predict = Guidance(sessions, *texts, _conditions(begun))
-                x = np.stack([b.x for b in begun])
-                settle = _settle(work, begun)
-
-                def noise(streams: list[Streams] = streams) -> Array:
-                    return np.stack([own.other.normal(work.shape) for own in streams])
-
+                batch = Batch(self.bundle.id, work, first, streams, begun, texts, given.about())
+                start = batch.start(sessions, control.resume)
                 with stage(timings, "denoise"):
                     last = perf_counter()
-                    for step in denoise(table, predict, x, noise, settle):
-                        x, now = step.x, perf_counter()
+                    for step in denoise(table, batch.predict, start, batch.noise, batch.settle):
+                        now = perf_counter()
                         timings.rows.append(now - last)
-                        if on_step is not None:
-                            place = (first, request.count, step.row.index + 1, len(table))
-                            on_step(Progress(*place, seconds=now - last))
+                        if control.on_state is not None:
+                            control.on_state(batch.saved(step))
+                        if control.on_step is not None:
+                            control.on_step(batch.progress(step, now - last))
+                        if step.row.index + 1 == control.stop_after:
+                            break
                         last = perf_counter()
-                with stage(timings, "decode"):
-                    for k, latent in enumerate(x):
-                        result.pictures.append(finish(first + k, latent))
+                if step.row.index + 1 == len(table):
+                    with stage(timings, "decode"):
+                        for k, latent in enumerate(step.x):
+                            result.pictures.append(finish(first + k, latent))
             yield result
+            if control.stop_after is not None or control.resume is not None:
+                return
 
     def _streams(self, request: Request, index: int) -> Streams:
         """Of picture `index`. The reference's own scripts draw from two generators."""
         assert request.noise is not None
-        seed = request.seed_of(index)
-        start = noise_stream(request.noise, seed)
+        asked = request.own(index)
+        seed, other = asked.seed, asked.variation_seed
+        assert seed is not None
+        own = start = noise_stream(request.noise, seed)
+        if other is not None:
+            start = VariedNoise(own, noise_stream(request.noise, other), request.variation_strength)
         apart = request.compat == "reference" and request.noise == "numpy"
-        return Streams(start, noise_stream("torch", seed) if apart else start)
+        return Streams(start, noise_stream("torch", seed) if apart else own)
 
     def _encode(
-        self, sessions: Metered, request: Request, warnings: list[str]
+        self, sessions: Metered, request: Request, table: Table, warnings: list[str]
     ) -> tuple[Floats | None, Floats]:
         """Text of the negative prompt (None when no row is guided) and of the prompt, [1, T, W]."""
         prompts = {"prompt": request.prompt}
-        if request.guidance != 1.0:
+        if (table.guidance != 1.0).any():
             prompts = {"negative prompt": request.negative_prompt, **prompts}
-        encoded = {name: self._tokenizer.encode(text) for name, text in prompts.items()}
-        for name, tokens in encoded.items():
-            if tokens.dropped:
+        options = {"weights": request.prompt_weights, "chunks": request.long_prompt}
+        plans = [textplan.plan(self._tokenizer, text, **options) for text in prompts.values()]
+        for name, plan in zip(prompts, plans, strict=True):
+            if plan.dropped:
                 room = self.facts.tokenizer.length - 2
                 warnings.append(
-                    f"the {name} is longer than {room} tokens; this was cut off: {tokens.dropped}"
+                    f"the {name} is longer than {room} tokens; this was cut off: {plan.dropped}"
                 )
-        ids = np.array([tokens.ids for tokens in encoded.values()], np.int64)
+        plans = textplan.level(self._tokenizer, plans)
+        if len(plans[0]) > 1 and "T" not in self._unet.spec.dims:
+            raise RequestError(
+                f"the prompt has {len(plans[0])} chunks; {self.facts.name} was exported for one",
+                hint="export the checkpoint again with this version, or leave long_prompt out",
+            )
+        ids = np.concatenate([plan.ids for plan in plans])
         session = sessions("text_encoder", {"B": len(ids)})
-        text: Floats = session({"input_ids": ids})["last_hidden_state"]
-        return (None if len(text) == 1 else text[:1]), text[-1:]
+        hidden = session({"input_ids": ids})["last_hidden_state"]
+        parts = np.split(hidden, len(plans))
+        texts = [textplan.weigh(h, p.weights) for h, p in zip(parts, plans, strict=True)]
+        return (None if len(texts) == 1 else texts[0]), texts[-1]
 
 
 def _request(request: Request | None, fields: dict[str, Any]) -> Request:
@@ -191,41 +231,5 @@ def _request(request: Request | None, fields: dict[str, Any]) -> Request:
     return request
 
 
-def _repeat(text: Floats | None, count: int) -> Any:
-    return None if text is None else np.repeat(text, count, axis=0)
-
-
 def _running(timings: Timings) -> AbstractContextManager[None]:
     return stage(timings, "total")
-
-
-def _conditions(begun: Sequence[Beginning]) -> Conditions:
-    """Those of the pictures of a batch, together. All of a run have the same kinds of them."""
-
-    def together(name: str) -> Array | None:
-        each = [getattr(b, name) for b in begun]
-        return None if each[0] is None else np.stack(each)
-
-    return Conditions(together("channels"), together("label"), together("unlabelled"))
-
-
-def _settle(work: Work, begun: Sequence[Beginning]) -> Settle | None:
-    """Puts back, after each row and at its level of noise, what is not to be repainted.
-
-    After the last row it is put back clean: a schedule may end a little above no noise at all, but
-    the decoder knows nothing of levels.
-    """
-    kept = [b.kept for b in begun if b.kept is not None]
-    if not kept:
-        return None
-    latent, noise = (np.stack(each) for each in zip(*kept, strict=True))
-    mask = inpaint.mask_of(work)
-    alphas = np.append(work.table.alphas[1:-1], 1.0).astype(np.float32)
-    sigmas = np.append(work.table.sigmas[1:-1], 0.0).astype(np.float32)
-
-    def settle(x: Array, row: Row) -> Array:
-        still = alphas[row.index] * latent + sigmas[row.index] * noise
-        settled: Array = mask * x + (1 - mask) * still
-        return settled
-
-    return settle

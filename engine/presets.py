@@ -14,10 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 
+from . import columns
 from .errors import RequestError
 from .spec import Component, Precision
 from .table import Table
@@ -29,24 +30,12 @@ HALF = 0.5  # a row without guidance runs one of two halves
 def with_guidance(table: Table, scale: float, interval: tuple[float, float] | None = None) -> Table:
     """Guidance of this scale in the rows whose sigma / alpha lies in the interval, 1 elsewhere.
 
-    interval    lowest and highest noise level, both included; None: everywhere
+    interval    see columns.guided_between; None: everywhere
     raises      RequestError: an empty interval; a shallow row that would run a half that the
                 features it takes lack
-    source      Kynkäänniemi et al. 2024, arXiv:2404.07724, equation 6
     """
-    if interval is None:
-        return checked(table.guided(scale))
-    low, high = interval
-    if not 0 <= low < high:
-        raise RequestError(
-            f"the guidance interval is {low:g} to {high:g}",
-            hint="give two noise levels sigma / alpha, the lower one first; for Stable Diffusion 2 "
-            "they reach from 0 to about 15",
-        )
-    with np.errstate(divide="ignore"):
-        level = table.sigmas[:-1] / table.alphas[:-1]
-    inside = (low <= level) & (level <= high)
-    return checked(replace(table, guidance=np.where(inside, float(scale), 1.0)))
+    guided = table.guided(scale)
+    return checked(guided if interval is None else columns.guided_between(table, scale, *interval))
 
 
 def with_cache(table: Table, rows: int | Sequence[int], cut: int = CUT) -> Table:
@@ -199,6 +188,18 @@ class Preset:
     cut: int = CUT
     interval: tuple[float, float] | None = None
     rescale: float = 0.0
+
+    def fields(self) -> dict[str, Any]:
+        """As fields of a Request; None where the preset leaves one open."""
+        return {
+            "steps": self.steps,
+            "sampler": self.sampler,
+            "schedule": self.schedule,
+            "cache": self.cache,
+            "cut": self.cut,
+            "guidance_interval": self.interval,
+            "rescale": self.rescale,
+        }
 
     def columns(self, table: Table, scale: float) -> Table:
         """The table with guidance of this scale and this preset's two columns."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from . import noise, schedule, solvers
+from . import noise, presets, schedule, solvers
 from .errors import RequestError, UnknownName
+from .guidance import Halves
+from .images import Pixels
 
 SEED_END = 2**32
 MIN_SIDE, MAX_SIDE = 16, 4096
@@ -49,9 +51,24 @@ class Request:
     width, height   pixels, 16..4096; None takes the model's native size, or the given picture's
     steps           1..1000
     guidance        scale of classifier-free guidance; 1 turns it off, 0 ignores the prompt
-    sampler         a name of engine.solvers.SOLVERS
+    sampler         a name of engine.solvers.SOLVERS, or another tool's: `DPM++ 2M Karras`
     schedule        a name of engine.schedule.SCHEDULES; None takes the sampler's own
-    eta             0..1, for samplers that take one: 0 deterministic, 1 ancestral
+    sigmas, timesteps   an explicit schedule, largest first, in place of the named one
+    zero_snr        start at (almost) no picture: for v models trained that way
+    eta             0..1, for samplers that take one: 0 deterministic, 1 ancestral; None: its own
+    s_noise         what the noise of a sampler that draws some is multiplied by
+    preset          a name of engine.presets.PRESETS; what is given beside it goes before it
+    cache           every how many steps the network runs whole, not from cached features; 1: always
+    cut             the skip at which the shallow network is cut; 0 is the cheapest
+    guidance_scales     one for each network call, in place of `guidance`
+    cfg_plus_plus   0..1, the share of CFG++ in place of `guidance`; for samplers of first order
+    solver          a sampler in a JSON file (docs/samplers.md), in place of sampler and schedule
+    guidance_interval   (low, high): guidance only where sigma / alpha lies between
+    rescale         0..1, phi of guidance rescale, against overexposure
+    halves          `together`: both halves of guidance in one call; `apart`: in two
+    prompt_weights  read (word:1.3) and [word]; else they are plain text
+    long_prompt     prompts beyond 75 tokens in chunks; else the rest is cut off
+    variation_seed, variation_strength   turn the start noise towards another seed's, 0..1
     seed            0..2^32-1 of the first picture, the next ones count up; None draws one
     count           pictures, 1..10000
     batch_size      pictures in one network call, 1..64
@@ -81,7 +98,24 @@ class Request:
     guidance: float | None = None
     sampler: str | None = None
     schedule: str | None = None
-    eta: float = 0.0
+    sigmas: tuple[float, ...] | None = None
+    timesteps: tuple[float, ...] | None = None
+    zero_snr: bool = False
+    eta: float | None = None
+    s_noise: float = 1.0
+    preset: str | None = None
+    cache: int | None = None
+    cut: int | None = None
+    guidance_interval: tuple[float, float] | None = None
+    guidance_scales: tuple[float, ...] | None = None
+    cfg_plus_plus: float | None = None
+    solver: str | None = None
+    rescale: float | None = None
+    halves: Halves = "together"
+    prompt_weights: bool = False
+    long_prompt: bool = False
+    variation_seed: int | None = None
+    variation_strength: float = 0.0
     seed: int | None = None
     count: int = 1
     batch_size: int = 1
@@ -116,29 +150,58 @@ class Request:
             _check_whole(name, getattr(self, name), low, high)
         for name, least, most in _REAL:
             _check_real(name, getattr(self, name), least, most)
+        self._resolve_sampler()
         for name, known in NAMES_OF.items():
             value = getattr(self, name)
             if value is not None and value not in known:
                 raise UnknownName(name.replace("_", "-"), str(value), known)
-        self._check_weights()
-        if self.seed is not None and self.seed + self.count > SEED_END:
-            raise RequestError(
-                f"seed {self.seed} and {self.count} pictures reach past seed {SEED_END - 1}",
-                hint=f"take a seed of at most {SEED_END - self.count}, or fewer pictures",
-            )
-        if self.sampler is not None and self.eta != 0.0 and not solvers.find(self.sampler).eta:
+        for name in _LISTS:
+            self._check_list(name)
+        for name in ("seed", "variation_seed"):
+            first = getattr(self, name)
+            if first is not None and first + self.count > SEED_END:
+                raise RequestError(
+                    f"{name} {first} and {self.count} pictures reach past {SEED_END - 1}",
+                    hint=f"take at most {SEED_END - self.count}, or fewer pictures",
+                )
+        if self.sampler is not None and self.eta and not solvers.find(self.sampler).eta:
             solvers.refuse_eta(self.sampler, self.eta)
-
-    def _check_weights(self) -> None:
-        if self.weights is None:
-            return
-        if not isinstance(self.weights, (tuple, list)):
+        if self.sigmas is not None and self.timesteps is not None:
             raise RequestError(
-                f"weights is {self.weights!r}, not a list", hint="give one number for each picture"
+                "both sigmas and timesteps are given", hint="give one of the two schedules"
             )
-        object.__setattr__(self, "weights", tuple(self.weights))  # JSON has lists alone
-        for weight in self.weights:
-            _check_real("weights", weight, -100.0, 100.0)
+        if self.variation_strength and self.variation_seed is None:
+            raise RequestError(
+                "a variation strength without a variation seed",
+                hint="give --variation-seed, the seed to turn towards",
+            )
+
+    def _resolve_sampler(self) -> None:
+        """Another tool's name of a sampler becomes ours, with the schedule that it means."""
+        if self.sampler is None:
+            return
+        sampler, spacing = solvers.resolve(str(self.sampler))
+        object.__setattr__(self, "sampler", sampler)
+        if self.schedule is None and self.sigmas is None and self.timesteps is None:
+            object.__setattr__(self, "schedule", spacing)
+
+    def _check_list(self, name: str) -> None:
+        values = getattr(self, name)
+        if values is None:
+            return
+        if not isinstance(values, (tuple, list)):
+            raise RequestError(
+                f"{name} is {values!r}, not a list", hint=f"give {name} as a list of numbers"
+            )
+        object.__setattr__(self, name, tuple(values))  # JSON has lists alone
+        low, high, count = _LISTS[name]
+        if count is not None and len(values) != count:
+            raise RequestError(
+                f"{name} has {len(values)} numbers, not {count}",
+                hint=f"give {name} {count} numbers",
+            )
+        for value in values:
+            _check_real(name, value, low, high)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Request:
@@ -153,8 +216,14 @@ class Request:
         return asdict(self)
 
     def defaults(self, task: str) -> Mapping[str, Any]:
-        """What this request's None's become for a task. Not every task has every field."""
-        return (REFERENCE_DEFAULTS if self.compat == "reference" else DEFAULTS)[task]
+        """What this request's None's become for a task. Not every task has every field.
+
+        A preset goes before the task's own.
+        """
+        own = (REFERENCE_DEFAULTS if self.compat == "reference" else DEFAULTS)[task]
+        columns = {"cache": 1, "cut": presets.CUT, "guidance_interval": None, "rescale": 0.0}
+        chosen = {} if self.preset is None else presets.PRESETS[self.preset].fields()
+        return {**columns, **own, **{k: v for k, v in chosen.items() if v is not None}}
 
     def completed(self, task: str, native_size: tuple[int, int] | None) -> Request:
         """Nothing left open: the task's defaults, the sampler's schedule, a drawn seed.
@@ -184,23 +253,56 @@ class Request:
         assert whole.sampler is not None
         return replace(
             whole,
-            schedule=solvers.find(whole.sampler).schedule
-            if whole.schedule is None
-            else whole.schedule,
+            schedule=self._schedule_of(whole),
+            steps=self._steps_of(whole),
             noise="torch" if whole.noise is None else whole.noise,
             seed=secrets.randbelow(SEED_END - self.count) if self.seed is None else self.seed,
         )
 
+    @staticmethod
+    def _schedule_of(whole: Request) -> str | None:
+        if whole.sigmas is not None or whole.timesteps is not None:
+            return None
+        assert whole.sampler is not None
+        return solvers.find(whole.sampler).schedule if whole.schedule is None else whole.schedule
+
+    @staticmethod
+    def _steps_of(whole: Request) -> int | None:
+        """An explicit schedule says itself how many there are."""
+        if whole.sigmas is not None:
+            return len(whole.sigmas) - 1
+        return whole.steps if whole.timesteps is None else len(whole.timesteps)
+
+    def own(self, index: int) -> Request:
+        """What makes picture number `index` of a completed request alone.
+
+        Seeds count up; with a variation the first seed stays, and the variation's counts up.
+        """
+        assert self.seed is not None
+        if self.variation_seed is None:
+            return replace(self, seed=self.seed + index, count=1, batch_size=1)
+        varied = self.variation_seed + index
+        return replace(self, variation_seed=varied, count=1, batch_size=1)
+
     def seed_of(self, index: int) -> int:
         """The seed of picture number `index` of a completed request."""
-        assert self.seed is not None
-        return self.seed + index
+        seed = self.own(index).seed
+        assert seed is not None
+        return seed
 
 
 RESIZES = ("stretch", "fit", "fill")
 SAFETY = ("off", "mark", "block")
-_FLAGS = ("invert_mask", "paste", "watermark")
+_FLAGS = ("invert_mask", "paste", "watermark", "zero_snr", "prompt_weights", "long_prompt")
 _ONLY_SOME = {"strength": "strength", "noise_level": "noise level"}
+# name -> least, most, how many
+_LISTS: Mapping[str, tuple[float, float, int | None]] = {
+    "weights": (-100.0, 100.0, None),
+    "sigmas": (0.0, 1e6, None),
+    "timesteps": (0.0, 1e6, None),
+    "guidance_interval": (0.0, 1e6, 2),
+    "guidance_scales": (-100.0, 100.0, None),
+}
 _WHOLE = (
     ("width", MIN_SIDE, MAX_SIDE),
     ("height", MIN_SIDE, MAX_SIDE),
@@ -209,12 +311,19 @@ _WHOLE = (
     ("count", 1, 10_000),
     ("batch_size", 1, 64),
     ("noise_level", 0, 999),
+    ("cache", 1, 1000),
+    ("cut", 0, 11),
+    ("variation_seed", 0, SEED_END - 1),
 )
 _REAL = (
     ("guidance", -100.0, 100.0),
     ("eta", 0.0, 1.0),
     ("strength", 0.0, 1.0),
     ("mask_blur", 0.0, 256.0),
+    ("s_noise", 0.0, 2.0),
+    ("rescale", 0.0, 1.0),
+    ("cfg_plus_plus", 0.0, 1.0),
+    ("variation_strength", 0.0, 1.0),
 )
 # field -> the names that it may have
 NAMES_OF: Mapping[str, Collection[str]] = {
@@ -226,6 +335,8 @@ NAMES_OF: Mapping[str, Collection[str]] = {
     "noise": noise.KINDS,
     "compat": ("reference",),
     "safety": SAFETY,
+    "preset": presets.PRESETS,
+    "halves": ("together", "apart"),
 }
 
 
@@ -244,7 +355,7 @@ def _check_whole(name: str, value: Any, low: int, high: int) -> None:
 
 
 def _check_real(name: str, value: Any, low: float, high: float) -> None:
-    if value is None and name in ("guidance", "strength"):
+    if value is None and name not in ("mask_blur", "s_noise", "variation_strength"):
         return
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not math.isfinite(value) or not low <= value <= high:
@@ -256,13 +367,18 @@ def _check_real(name: str, value: Any, low: float, high: float) -> None:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run is: handed to `on_step` after each network call."""
+    """Where a run is: handed to `on_step` after each network call.
+
+    guess       makes a rough picture, uint8 [H, W, 3], of what the network takes the first picture
+                of the batch for; None where the model has no preview
+    """
 
     picture: int
     pictures: int
     step: int
     steps: int
     seconds: float
+    guess: Callable[[], Pixels] | None = None
 
 
 @dataclass

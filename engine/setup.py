@@ -5,21 +5,22 @@ Everything that can be refused without a network is refused here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from . import canvas as canvases
-from . import schedule, solvers
+from . import columns, presets, schedule, solvers
 from .bundle import ModelFacts
 from .canvas import Canvas
 from .errors import RequestError
 from .given import Given
 from .guidance import Open
 from .inputs import PlacedMask, open_mask, open_picture, place, place_mask
-from .request import Request
-from .schedule import Schedule, Training
+from .levels import Schedule, Training
+from .request import MAX_SIDE, Request
+from .solvers import custom
 from .table import Table
 from .tasks import Task, Work
 from .tasks.work import Statistics
@@ -44,21 +45,70 @@ class Setting:
         )  # fmt: skip
 
 
-def set_up(task: Task, facts: ModelFacts, request: Request, given: Given) -> Setting:
-    """Raises RequestError; StorageError for a picture that cannot be read."""
+def set_up(
+    task: Task, facts: ModelFacts, request: Request, given: Given, graphs: Collection[str]
+) -> Setting:
+    """graphs      of the bundle's UNet: what a feature cache may run
+
+    raises      RequestError; StorageError for a picture that cannot be read
+    """
     warnings: list[str] = []
     _check_extras(task, facts, request, given)
     canvas = _canvas(task, facts, request, given, warnings)
     mask = _mask(request, given, canvas) if task.mask else None
-    levels = _levels(task, facts, request, warnings)
-    assert request.sampler is not None
-    assert request.guidance is not None
-    table = solvers.make(request.sampler, levels, facts.prediction, request.eta)
-    table = table.guided(request.guidance)
+    table = _table(task, facts, request, graphs, warnings)
     height, width = canvas.size
     if not task.placed or request.width is not None or request.height is not None:
         request = replace(request, height=height, width=width)
     return Setting(facts, request, given, table, canvas, mask, warnings)
+
+
+def _table(
+    task: Task,
+    facts: ModelFacts,
+    request: Request,
+    graphs: Collection[str],
+    warnings: list[str],
+) -> Table:
+    assert request.guidance is not None
+    assert request.cache is not None
+    assert request.cut is not None
+    table = _rows(task, facts, request, warnings)
+    if request.guidance_scales is not None:
+        table = columns.guided_by(table, request.guidance_scales)
+    elif request.cfg_plus_plus is not None:
+        table = columns.cfg_plus_plus(table, request.cfg_plus_plus)
+    else:
+        interval = request.guidance_interval if request.guidance != 1.0 else None
+        table = presets.with_guidance(table, request.guidance, interval)
+    table = presets.with_cache(table, request.cache, request.cut)
+    if lacking := sorted(set(table.graphs) - set(graphs)):
+        raise RequestError(
+            f"{facts.name} has no graph {' and no '.join(lacking)} of its UNet: a feature cache"
+            f" needs them; it has {', '.join(graphs)}",
+            hint="export the checkpoint again, or run without: --cache 1",
+        )
+    return table
+
+
+def _rows(task: Task, facts: ModelFacts, request: Request, warnings: list[str]) -> Table:
+    """The solver's table, on its levels."""
+    if request.solver is not None:
+        if request.strength is not None and request.strength < 1.0:
+            raise RequestError(
+                "a solver's file brings its own levels, which cannot be cut to a strength",
+                hint="take --strength 1, or a sampler by name",
+            )
+        return custom.load(request.solver).table(_training(facts, request), facts.prediction)
+    assert request.sampler is not None
+    levels = _levels(task, facts, request, warnings)
+    return solvers.make(request.sampler, levels, facts.prediction, request.eta, request.s_noise)
+
+
+def _training(facts: ModelFacts, request: Request) -> Training:
+    trained = facts.schedule
+    training = Training.scaled_linear(trained.beta_start, trained.beta_end, trained.timesteps)
+    return training.zero_snr() if request.zero_snr else training
 
 
 def _check_extras(task: Task, facts: ModelFacts, request: Request, given: Given) -> None:
@@ -105,6 +155,12 @@ def _canvas(
         multiple = latent.multiple * latent.factor
         canvas = canvases.blank(request.height, request.width, latent)
         how = "and cropped at the centre"
+    if max(canvas.size) > MAX_SIDE:
+        raise RequestError(
+            f"the result would have {canvas.size[1]}x{canvas.size[0]} pixels; {MAX_SIDE} a side is"
+            " the most",
+            hint="resize the picture before, or give --width and --height",
+        )
     if canvas.padded:
         (height, width), inside = canvas.size, canvas.height // multiple
         warnings.append(
@@ -128,11 +184,15 @@ def _mask(request: Request, given: Given, canvas: Canvas) -> PlacedMask:
 
 
 def _levels(task: Task, facts: ModelFacts, request: Request, warnings: list[str]) -> Schedule:
-    assert request.schedule is not None
     assert request.steps is not None
-    trained = facts.schedule
-    training = Training.scaled_linear(trained.beta_start, trained.beta_end, trained.timesteps)
-    levels = schedule.make(request.schedule, training, request.steps)
+    training = _training(facts, request)
+    if request.sigmas is not None:
+        levels = schedule.from_sigmas(training, request.sigmas)
+    elif request.timesteps is not None:
+        levels = schedule.from_timesteps(training, request.timesteps)
+    else:
+        assert request.schedule is not None
+        levels = schedule.make(request.schedule, training, request.steps)
     if len(levels) != request.steps:
         warnings.append(f"schedule {levels.name!r} runs {len(levels)} steps, not {request.steps}")
     if request.strength is None:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..engine.bundle import STATISTICS, ModelFacts
-from ..engine.spec import ComponentSpec, TensorSpec
+from ..engine.spec import ComponentSpec, TensorSpec, features_name
 from .modules.depth import MULTIPLE, DepthConfig, DepthNetwork
 from .modules.depth import PREFIX as DEPTH
 from .modules.image_encoder import PREFIX as IMAGE
@@ -37,6 +37,8 @@ class Part:
     build       the module, on torch's current default device
     multiples   dimension -> what its size is a multiple of
     hoisted     inputs that stay the same for all steps of a run
+    features    where the network can be cut: what `deep` gives and `shallow<k>` takes
+    native      sizes of the step's named dimensions, for one picture of the model's own size
     beside      LDM names of tensors that lie in its weight file and are not the network's
     """
 
@@ -46,6 +48,8 @@ class Part:
     build: Callable[[], nn.Module]
     multiples: Mapping[str, int]
     hoisted: tuple[str, ...] = ()
+    features: tuple[TensorSpec, ...] = ()
+    native: Mapping[str, int] | None = None
     beside: tuple[str, ...] = ()
 
     @property
@@ -70,7 +74,7 @@ def parts(facts: ModelFacts, configs: Configs) -> tuple[Part, ...]:
     vae = VAEConfig.from_ldm(configs["vae"])
     side, latent = facts.latent.factor, facts.latent.channels
     height, width = (s // side for s in facts.native_size)
-    hidden = _floats("encoder_hidden_states", "B", text.context_length, unet.context_dim)
+    hidden = _floats("encoder_hidden_states", "B", "T", unet.context_dim)
     return (
         Part(
             ComponentSpec(
@@ -100,7 +104,7 @@ def parts(facts: ModelFacts, configs: Configs) -> tuple[Part, ...]:
             {"h": facts.latent.multiple, "w": facts.latent.multiple},
             hoisted=("encoder_hidden_states",),
             features=_features(unet),
-            native={"B": 1, "h": height, "w": width},
+            native={"B": 1, "T": text.context_length, "h": height, "w": width},
         ),
         Part(
             ComponentSpec(

@@ -138,18 +138,42 @@ def test_every_option_reaches_the_request(load: Any) -> None:
         "thin_mask": "max",
         "safety": "mark",
         "compat": "reference",
+        "s_noise": 1.01,
+        "preset": "fast",
+        "cache": 3,
+        "cut": 1,
+        "rescale": 0.5,
+        "cfg_plus_plus": 0.25,
+        "solver": "s.json",
+        "halves": "apart",
+        "variation_seed": 4,
+        "variation_strength": 0.25,
     }
-    spelled = {"invert_mask": True, "paste": False, "watermark": False}
+    spelled = {
+        "invert_mask": True, "paste": False, "watermark": False, "zero_snr": True,
+        "prompt_weights": True, "long_prompt": True, "guidance_interval": (0.5, 6.0),
+    }  # fmt: skip
     unused = {"strength": 0.5, "noise_level": 7, "weights": (0.5, 2.0)}
+    listed = {
+        "sigmas": (9.0, 0.5, 0.0), "timesteps": (999.0, 1.5), "guidance_scales": (1.0, 3.0),
+    }  # fmt: skip
     known = {f.name for f in dataclasses.fields(Request)}
-    assert set(asked) | set(spelled) | set(unused) == known
+    assert set(asked) | set(spelled) | set(unused) | set(listed) == known
     options = [x for k, v in asked.items() for x in (f"--{k.replace('_', '-')}", v)]
-    result = run("run", *options, "--invert-mask", "--no-paste", "--no-watermark")
+    flags = ["--invert-mask", "--no-paste", "--no-watermark", "--zero-snr", "--prompt-weights"]
+    result = run("run", *options, *flags, "--long-prompt", "--guidance-interval", "0.5,6")
     assert result.exit_code == 0, result.stderr
     assert load.pipeline.requests == [Request(**asked, **spelled)]
     other = ["--strength", 0.5, "--noise-level", 7, "--weight", 0.5, "--weight", 2]
     assert run("run", *other).exit_code == 2  # the stub's task is txt2img
     assert load.pipeline.requests[1:] == [Request(**unused)]
+    for name, values in listed.items():
+        text = ",".join(map(str, values))
+        assert run("run", f"--{name.replace('_', '-')}", text).exit_code == 0
+        assert getattr(load.pipeline.requests[-1], name) == values
+    wrong = run("run", "--sigmas", "9;0")
+    assert wrong.exit_code == 2
+    assert "commas between: --sigmas" in wrong.stderr
 
 
 def test_pictures_reach_the_pipeline_in_their_order(load: Any) -> None:
@@ -357,13 +381,15 @@ def test_inspect_of_a_picture(load: Any) -> None:
     assert found["about"]["backend"] == "fake"
     assert found["parameters"].startswith("a fox\n")
     text = run("inspect", "x.png").stdout
-    assert text.startswith("a fox\n")
+    assert text.startswith("x.png: 64 x 64 pixels\n")
+    assert "a fox\n" in text
     assert '"seed": 7' in text
 
 
 def test_inspect_of_a_picture_that_says_nothing(place: Path) -> None:
     Image.new("RGB", (8, 8)).save(place / "x.png")
-    assert run("inspect", "x.png").stdout == "this picture does not say how it was made\n"
+    text = run("inspect", "x.png").stdout
+    assert text.endswith("this picture does not say how it was made\n")
 
 
 def test_inspect_of_a_file_that_is_no_picture(place: Path) -> None:

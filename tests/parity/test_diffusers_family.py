@@ -107,6 +107,10 @@ class Session:
     def bind(self, feeds):
         return Session(self.name, self.answer, self.held | dict(feeds))
 
+    def graph(self, name):
+        assert name == "full"
+        return self
+
     def __call__(self, feeds):
         tensors = {k: torch.from_numpy(np.array(v)) for k, v in (self.held | dict(feeds)).items()}
         with torch.inference_mode():

@@ -1,0 +1,133 @@
+"""The pictures that go through the network together, from their beginnings to their last latent."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import numpy as np
+
+from .guidance import Conditions, Guidance, Open
+from .loop import Settle, State, Step
+from .ports import Array, Floats
+from .preview import predicted, preview
+from .request import Progress
+from .state import Saved
+from .table import Row
+from .tasks import Beginning, Streams, Work, inpaint
+
+
+@dataclass
+class Batch:
+    """bundle      id
+    first       number of its first picture in the run
+    streams, begun   of each picture
+    texts       [1, T, W] of the negative prompt (None where no row is guided) and of the prompt
+    given       names and digests of the pictures that the run was given
+    """
+
+    bundle: str
+    work: Work
+    first: int
+    streams: Sequence[Streams]
+    begun: Sequence[Beginning]
+    texts: tuple[Floats | None, Floats]
+    given: Mapping[str, str]
+    predict: Guidance = field(init=False)
+    settle: Settle | None = field(init=False)
+
+    def start(self, open_session: Open, resume: Saved | None) -> Array | State:
+        """What the loop starts from. Raises RequestError when `resume` is of another run."""
+        request = self.work.request
+        assert request.rescale is not None
+        uncond, cond = (
+            None if text is None else np.repeat(text, len(self.begun), axis=0)
+            for text in self.texts
+        )
+        assert cond is not None
+        self.predict = Guidance(
+            open_session, uncond, cond, _conditions(self.begun),
+            halves=request.halves, rescale=request.rescale,
+        )  # fmt: skip
+        self.settle = _settle(self.work, self.begun)
+        x = np.stack([b.x for b in self.begun])
+        if resume is None:
+            return x
+        resume.check(
+            bundle=self.bundle,
+            request=self._request(),
+            table=self.work.table,
+            shape=x.shape,
+            conditions=self.given,
+        )
+        for own, snapshot in zip(self.streams, resume.noise, strict=True):
+            own.other.restore(snapshot)
+        self.predict.restore(resume.state.rows, resume.features)
+        return resume.state
+
+    def noise(self) -> Array:
+        """Unit noise for one row, [B, C, h, w], each picture's from its own stream."""
+        return np.stack([own.other.normal(self.work.shape) for own in self.streams])
+
+    def progress(self, step: Step, seconds: float) -> Progress:
+        facts, table = self.work.facts, self.work.table
+        guess = None
+        if facts.preview is not None:
+            guess = partial(self._guess, step)
+        return Progress(
+            self.first, self.work.request.count, step.row.index + 1, len(table), seconds, guess
+        )
+
+    def _guess(self, step: Step) -> Array:
+        facts = self.work.facts
+        assert facts.preview is not None
+        latent = predicted(self.work.table, step)[0]
+        return preview(latent, facts.preview, facts.latent.factor)
+
+    def saved(self, step: Step) -> Saved:
+        """The run after this step, of this batch alone."""
+        return Saved(
+            self.bundle,
+            self._request(),
+            step.state(),
+            [own.other.snapshot() for own in self.streams],
+            self.given,
+            self.predict.features(),
+        )
+
+    def _request(self) -> dict[str, object]:
+        request, count = self.work.request, len(self.begun)
+        return replace(request.own(self.first), count=count, batch_size=count).to_dict()
+
+
+def _conditions(begun: Sequence[Beginning]) -> Conditions:
+    """Those of the pictures of a batch, together. All of a run have the same kinds of them."""
+
+    def together(name: str) -> Array | None:
+        each = [getattr(b, name) for b in begun]
+        return None if each[0] is None else np.stack(each)
+
+    return Conditions(together("channels"), together("label"), together("unlabelled"))
+
+
+def _settle(work: Work, begun: Sequence[Beginning]) -> Settle | None:
+    """Puts back, after each row and at its level of noise, what is not to be repainted.
+
+    After the last row it is put back clean: a schedule may end a little above no noise at all, but
+    the decoder knows nothing of levels.
+    """
+    kept = [b.kept for b in begun if b.kept is not None]
+    if not kept:
+        return None
+    latent, noise = (np.stack(each) for each in zip(*kept, strict=True))
+    mask = inpaint.mask_of(work)
+    alphas = np.append(work.table.alphas[1:-1], 1.0).astype(np.float32)
+    sigmas = np.append(work.table.sigmas[1:-1], 0.0).astype(np.float32)
+
+    def settle(x: Array, row: Row) -> Array:
+        still = alphas[row.index] * latent + sigmas[row.index] * noise
+        settled: Array = mask * x + (1 - mask) * still
+        return settled
+
+    return settle
