@@ -17,6 +17,7 @@ import numpy as np
 from .errors import NumericsError
 from .ports import Array, Session
 from .table import Row
+from .tiles import WHOLE, Window
 
 Open = Callable[[str, Mapping[str, int]], Session]
 Half = Literal["both", "uncond", "cond"]
@@ -103,20 +104,25 @@ class Guidance:
         self._cached = Cached(row - 1, halves) if halves else None
 
     def __call__(self, x: Array, row: Row) -> Array:
-        guided = row.guidance != 1.0
-        halves = self._guided if guided else ("cond",)
+        return self.part(x, row, WHOLE)
+
+    def part(self, x: Array, row: Row, window: Window) -> Array:
+        """The same for x that is a window of the latent, with the channels of that window.
+
+        Windows of one Guidance have one size: the text is held once, for all of them.
+        """
+        both = row.guidance != 1.0
+        session = self._session(both, x)
         beside = self._conditions.channels
-        sample = x if beside is None else np.concatenate([x, beside], axis=1)
-        results = {half: self._run(half, sample, row) for half in halves}
-        if row.graph.startswith("deep"):
-            self._cached = Cached(row.index, {h: _features(r) for h, r in results.items()})
-        out = results[halves[-1]][OUT]
-        if guided:
-            if "uncond" in results:
-                uncond, cond = results["uncond"][OUT], out
-            else:
-                uncond, cond = out[: len(x)], out[len(x) :]
-            out = self._combined(uncond, cond, row.guidance)
+        half = x if beside is None else np.concatenate([x, beside[..., *window]], axis=1)
+        sample = np.concatenate([half, half]) if both else half
+        time = np.full(len(sample), row.t, np.float32)
+        out = session({"sample": sample, "timestep": time})["out_sample"]
+        if both:
+            uncond, out = out[: len(x)], out[len(x) :]
+            out -= uncond
+            out *= row.guidance
+            out += uncond
         flat = out.ravel()
         with np.errstate(over="ignore", invalid="ignore"):
             norm = float(flat @ flat)  # one pass, a few microseconds; NaN and infinity survive it

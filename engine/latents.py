@@ -1,36 +1,83 @@
-"""Between latents and pictures, through the VAE."""
+"""Between latents and pictures, through the VAE, whole or in tiles.
+
+checked by  tests/unit/test_tiles.py, tests/contract/test_tiling.py (golden cases vae_f8, vae_f4)
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import numpy as np
 
 import numpy as np
 
 from .guidance import Open
 from .ports import Array, Floats
+from .tiles import Grid, Mosaic
+
+CLIP = (-30.0, 20.0)  # of the log-variance: reference-spec 1.9, beyond it exp() means nothing
 
 
-def decode(open_session: Open, latent: Array, scale: float) -> Floats:
-    """One latent, float32 [C, h, w] with the scale in it -> picture [3, H, W], about -1..1."""
-    dims: Mapping[str, int] = {"B": 1, "h": latent.shape[1], "w": latent.shape[2]}
+def decode(open_session: Open, latent: Array, scale: float, tile: int | None = None) -> Floats:
+    """One latent, float32 [C, h, w] with the scale in it -> picture [3, H, W], about -1..1.
+
+    tile        side of a tile in latent cells; None decodes the whole at once
+    """
+    grid = Grid.over(latent.shape[1], latent.shape[2], tile)
+    dims = {"B": 1, "h": grid.rows.side, "w": grid.columns.side}
     session = open_session("vae_decoder", dims)
-    picture: Floats = session({"latent": latent[None] / latent.dtype.type(scale)})["image"][0]
-    return picture
+    mosaic = None
+    for window in grid.windows():
+        part = latent[(slice(None), *window)][None] / latent.dtype.type(scale)
+        picture: Floats = session({"latent": part})["image"][0]
+        if len(grid) == 1:
+            return picture
+        factor = picture.shape[1] // grid.rows.side
+        if mosaic is None:
+            height, width = (n * factor for n in latent.shape[1:])
+            mosaic = Mosaic(grid, (len(picture), height, width), picture.dtype, factor)
+        mosaic.add(picture, _times(window, factor))
+    assert mosaic is not None, "a grid has at least one tile"
+    return mosaic.result
 
 
-def encode(open_session: Open, pixels: Floats) -> Floats:
-    """A picture, float32 [3, H, W] in -1..1 -> moments [2C, h, w]: mean, log-variance."""
-    session = open_session("vae_encoder", {"B": 1, "H": pixels.shape[1], "W": pixels.shape[2]})
-    moments: Floats = session({"image": pixels[None]})["moments"][0]
-    return moments
+def encode(open_session: Open, pixels: Array, factor: int, tile: int | None = None) -> Floats:
+    """One picture, float32 [3, H, W] in -1..1 -> moments [2C, h, w]: mean, then log-variance.
+
+    factor      pixels a latent cell, on each side; H and W are multiples of it
+    tile        side of a tile in latent cells; None encodes the whole at once
+    """
+    height, width = (n // factor for n in pixels.shape[1:])
+    grid = Grid.over(height, width, tile)
+    dims = {"B": 1, "H": grid.rows.side * factor, "W": grid.columns.side * factor}
+    session = open_session("vae_encoder", dims)
+    mosaic = None
+    for window in grid.windows():
+        part = pixels[(slice(None), *_times(window, factor))][None]
+        moments: Floats = session({"image": part})["moments"][0]
+        if len(grid) == 1:
+            return moments
+        if mosaic is None:
+            mosaic = Mosaic(grid, (len(moments), height, width), moments.dtype)
+        mosaic.add(moments, window)
+    assert mosaic is not None, "a grid has at least one tile"
+    return mosaic.result
 
 
-def sample(moments: Floats, noise: Floats | None, scale: float) -> Floats:
-    """A latent [C, h, w], the scale in it, from moments; `noise` None gives the mean.
+def sample(moments: Array, noise: Array | None, scale: float) -> Floats:
+    """A latent [C, h, w] with the scale in it: scale * (mean + deviation * noise).
 
-    source      reference-spec 1.6: the log-variance is clamped to -30..20
+    moments     float32 [2C, h, w] of `encode`
+    noise       unit noise [C, h, w]; None takes the mode, which is the mean
     """
     mean, log_variance = np.split(moments, 2)
     if noise is not None:
-        mean = mean + np.exp(np.float32(0.5) * np.clip(log_variance, -30, 20)) * noise
-    return np.float32(scale) * mean
+        mean = mean + np.exp(0.5 * np.clip(log_variance, *CLIP)) * noise
+    latent: Floats = (mean * moments.dtype.type(scale)).astype(moments.dtype)
+    return latent
+
+
+def _times(window: tuple[slice, slice], factor: int) -> tuple[slice, slice]:
+    rows, columns = window
+    return (
+        slice(rows.start * factor, rows.stop * factor),
+        slice(columns.start * factor, columns.stop * factor),
+    )
