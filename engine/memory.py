@@ -1,0 +1,183 @@
+"""Which tiles a run needs so that it stays within the memory that the machine has.
+
+An estimate, from the widths of the networks: docs/numerics.md has the measured peaks behind each
+number. `available` is handed in: this module looks at no machine.
+
+checked by  tests/unit/test_memory.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .bundle import Bundle
+from .errors import RequestError
+from .spec import Component
+from .tiles import Grid
+
+MIB = 2**20
+FLOAT = 4
+# What one call holds at its peak, as measured with OpenVINO in float32 and rounded up: floats for
+# each channel that enters and that leaves the widest layer; the UNet keeps its skips beside.
+ENTERING, LEAVING, UNET = 2.0, 2.6, 13.0
+# Loaded network over its weight file: float32 copies of float16 weights, and the engine's packed
+# form of them beside.
+LOADED = 4
+SHARE = 0.8  # of the available memory that a plan may use: the rest is for the unforeseen
+SMALLEST = 16  # latent cells; below it a VAE's statistics have too little to go by
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Tile sides in latent cells; None runs the network on the whole at once."""
+
+    vae_tile: int | None
+    unet_tile: int | None
+    reason: str
+
+
+def plan(
+    bundle: Bundle,
+    height: int,
+    width: int,
+    available: int | None,
+    asked: int | str | None = None,
+    *,
+    unet: int | None = None,
+    batch: int = 1,
+    scores: bool = False,
+) -> Plan:
+    """The tiles for a picture of height x width pixels (of the result).
+
+    available   bytes free before the networks are loaded; None: not known, nothing is tiled
+    asked       "auto" or None: the largest that fits; "off": never; a number: that side, in latent
+                cells, for the VAE, and for the UNet of an upscaler
+    unet        a side asked for the UNet of any model: tiles of it never come by themselves there
+    batch       pictures in one call of the UNet
+    scores      whether the engine keeps attention scores in memory, (h w)^2 of them
+    raises      RequestError: a side that makes no sense, or too little memory for any
+    """
+    latent = bundle.facts.latent
+    upscaler = bundle.facts.variant == "x4-upscaler"
+    h, w = -(-height // latent.factor), -(-width // latent.factor)
+    side = _side(asked, latent.multiple, "tile")
+    own = _side(unet, latent.multiple, "tile of the UNet")
+    unet_asked = own if own is not None else side if upscaler else None
+    if asked == "off" or side is not None or available is None:
+        why = "not known" if available is None else "not asked"
+        reason = f"tiles as asked: {asked}" if asked not in (None, "auto") else f"memory is {why}"
+        return Plan(_cut(side, h, w), _cut(unet_asked, h, w), reason)
+    budget = int(available * SHARE)
+    vae = _fit(lambda a, b: vae_bytes(bundle, a, b, scores), h, w, latent.multiple, budget, "VAE")
+    if upscaler and own is None:
+        unet_asked = _fit(
+            lambda a, b: unet_bytes(bundle, a, b, batch, scores),
+            h, w, latent.multiple, budget, "UNet",
+        )  # fmt: skip
+    return Plan(vae, _cut(unet_asked, h, w), _reason(bundle, h, w, vae, scores, available))
+
+
+def vae_bytes(bundle: Bundle, height: int, width: int, scores: bool = False) -> int:
+    """Of the decoder, or the encoder if that needs more, on height x width latent cells."""
+    return max(
+        _vae(bundle, name, height, width, scores)
+        for name in ("vae_decoder", "vae_encoder")
+        if name in bundle.components
+    )
+
+
+def unet_bytes(
+    bundle: Bundle, height: int, width: int, batch: int = 1, scores: bool = False
+) -> int:
+    """Of a guided call, both halves, on height x width latent cells."""
+    component = bundle.component("unet")
+    config = component.config
+    widths = [config["model_channels"] * m for m in config["channel_mult"]]
+    # The last blocks join a skip to what comes from below, both at full size.
+    channels = widths[0] + max(widths[0], widths[min(1, len(widths) - 1)])
+    cells = 2 * batch * height * width
+    need = UNET * channels * cells * FLOAT
+    if scores:
+        for level in config["attention_ds"]:
+            tokens = -(-height // level) * -(-width // level)
+            heads = _heads(config, widths[level.bit_length() - 1])
+            need = max(need, 2 * batch * heads * tokens**2 * FLOAT)
+    return int(need) + _loaded(component)
+
+
+def _vae(bundle: Bundle, name: str, height: int, width: int, scores: bool) -> int:
+    component = bundle.component(name)
+    config, scale = component.config, bundle.facts.latent.factor
+    leaving = config["ch"] * config["ch_mult"][0]
+    # The decoder's last level begins with the channels of the level below, already at full size.
+    below = max(config["ch_mult"][:2]) if name == "vae_decoder" else config["ch_mult"][0]
+    need = (ENTERING * config["ch"] * below + LEAVING * leaving) * height * width * scale**2 * FLOAT
+    if scores:
+        need += (height * width) ** 2 * FLOAT
+    return int(need) + _loaded(component)
+
+
+def _loaded(component: Component) -> int:
+    return LOADED * component.weights.stat().st_size
+
+
+def _heads(config: Mapping[str, Any], width: int) -> int:
+    heads = config["num_heads"]
+    return int(width // config["head_channels"] if heads is None or heads < 1 else heads)
+
+
+def _fit(
+    need: Callable[[int, int], int], h: int, w: int, multiple: int, budget: int, what: str
+) -> int | None:
+    """The largest tile whose call fits; None where the whole fits. Raises RequestError."""
+    if need(h, w) <= budget:
+        return None
+    least = -(-SMALLEST // multiple) * multiple
+    for side in range(max(h, w) // multiple * multiple, least - 1, -multiple):
+        if side < max(h, w) and need(min(side, h), min(side, w)) <= budget:
+            return side
+    smallest = need(min(least, h), min(least, w))
+    raise RequestError(
+        f"the {what} needs about {_mib(smallest / SHARE)} even in its smallest tiles ({least} x"
+        f" {least} latent cells); this machine has {_mib(budget / SHARE)} available",
+        hint="close other programs or raise the container's memory limit, or run it all the same"
+        f" with --tile {least}",
+    )
+
+
+def _side(asked: int | str | None, multiple: int, what: str) -> int | None:
+    """The number in `asked`, checked; None for auto and off."""
+    if asked is None or asked in ("auto", "off"):
+        return None
+    text = str(asked)
+    side = int(text) if text.isdecimal() and text.isascii() and asked is not True else 0
+    least = -(-SMALLEST // multiple) * multiple
+    if side < least or side % multiple:
+        raise RequestError(
+            f"{what} {asked!r} is no side of a tile: a multiple of {multiple} latent cells from"
+            f" {least} on",
+            hint=f"give auto, off, or a number such as {4 * least}",
+        )
+    return side
+
+
+def _cut(side: int | None, h: int, w: int) -> int | None:
+    """A tile that holds the whole is none."""
+    return None if side is None or side >= max(h, w) else side
+
+
+def _reason(bundle: Bundle, h: int, w: int, tile: int | None, scores: bool, available: int) -> str:
+    whole = vae_bytes(bundle, h, w, scores)
+    said = f"the VAE needs about {_mib(whole)} for {w}x{h} latent cells at once"
+    have = f"{_mib(available)} available"
+    if tile is None:
+        return f"{said}; {have}: no tiles"
+    grid = Grid.over(h, w, tile)
+    part = vae_bytes(bundle, grid.rows.side, grid.columns.side, scores)
+    return f"{said}; {have}: {len(grid)} tiles of {tile} cells, about {_mib(part)} each"
+
+
+def _mib(size: float) -> str:
+    return f"{-(-int(size) // MIB)} MiB"
