@@ -8,6 +8,7 @@ checked by  tests/unit/test_memory.py
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,15 +17,15 @@ from .bundle import Bundle
 from .errors import RequestError
 from .spec import Component
 from .tiles import Grid
+from .weights import read_header
 
 MIB = 2**20
 FLOAT = 4
 # What one call holds at its peak, as measured with OpenVINO in float32 and rounded up: floats for
 # each channel that enters and that leaves the widest layer; the UNet keeps its skips beside.
 ENTERING, LEAVING, UNET = 2.0, 2.6, 13.0
-# Loaded network over its weight file: float32 copies of float16 weights, and the engine's packed
-# form of them beside.
-LOADED = 4
+# Bytes a parameter of a loaded network: in float32, and in the engine's packed form beside it.
+LOADED = 8
 SHARE = 0.8  # of the available memory that a plan may use: the rest is for the unforeseen
 SMALLEST = 16  # latent cells; below it a VAE's statistics have too little to go by
 
@@ -66,8 +67,8 @@ def plan(
     own = _side(unet, latent.multiple, "tile of the UNet")
     unet_asked = own if own is not None else side if upscaler else None
     if asked == "off" or side is not None or available is None:
-        why = "not known" if available is None else "not asked"
-        reason = f"tiles as asked: {asked}" if asked not in (None, "auto") else f"memory is {why}"
+        as_asked = asked not in (None, "auto")
+        reason = f"tiles as asked: {asked}" if as_asked else "available memory is not known"
         return Plan(_cut(side, h, w), _cut(unet_asked, h, w), reason)
     budget = int(available * SHARE)
     vae = _fit(lambda a, b: vae_bytes(bundle, a, b, scores), h, w, latent.multiple, budget, "VAE")
@@ -76,7 +77,9 @@ def plan(
             lambda a, b: unet_bytes(bundle, a, b, batch, scores),
             h, w, latent.multiple, budget, "UNet",
         )  # fmt: skip
-    return Plan(vae, _cut(unet_asked, h, w), _reason(bundle, h, w, vae, scores, available))
+    cut = _cut(unet_asked, h, w)
+    reason = _reason(bundle, h, w, vae, scores, available)
+    return Plan(vae, cut, reason if cut is None else f"{reason}; the UNet in tiles of {cut} cells")
 
 
 def vae_bytes(bundle: Bundle, height: int, width: int, scores: bool = False) -> int:
@@ -120,7 +123,7 @@ def _vae(bundle: Bundle, name: str, height: int, width: int, scores: bool) -> in
 
 
 def _loaded(component: Component) -> int:
-    return LOADED * component.weights.stat().st_size
+    return LOADED * sum(math.prod(t.shape) for t in read_header(component.weights).values())
 
 
 def _heads(config: Mapping[str, Any], width: int) -> int:

@@ -66,7 +66,9 @@ def test_the_largest_tile_that_fits_is_taken_and_said(bundle):
 
 def test_an_upscaler_tiles_its_unet_too(bundle):
     x4 = replace(bundle, facts=replace(bundle.facts, variant="x4-upscaler"))
-    assert memory.plan(x4, 2048, 2048, 400 * MIB).unet_tile is not None
+    chosen = memory.plan(x4, 2048, 2048, 400 * MIB)
+    assert chosen.unet_tile is not None
+    assert f"the UNet in tiles of {chosen.unet_tile} cells" in chosen.reason
     asked = memory.plan(x4, 2048, 2048, 400 * MIB, "64")
     assert (asked.vae_tile, asked.unet_tile) == (64, 64)
 
@@ -89,3 +91,10 @@ def test_too_little_memory_for_any_tile(bundle):
     with pytest.raises(RequestError, match=r"needs about .* this machine has 20 MiB") as caught:
         memory.plan(bundle, 512, 512, 20 * MIB)
     assert "--tile 16" in caught.value.hint
+
+
+def test_weights_count_by_parameters_whatever_they_are_stored_as(bundle):
+    """The embedded weights are float16: two bytes each, but for the header of the file."""
+    stored = bundle.component("unet").weights.stat().st_size
+    held = memory.unet_bytes(bundle, 0, 0)
+    assert 0.95 * 4 * stored <= held <= 4 * stored
