@@ -113,26 +113,34 @@ def _check(made: CustomSolver) -> None:
         for weights, what in ((made.x, "x"), (made.m, "m")):
             if weights[i, i + 1 :].any():
                 _refuse(made.name, f"reaches back before its first row: {what} of row {i}")
-        _check_line(made, i)
+    _check_line(made)
 
 
-def _check_line(made: CustomSolver, i: int) -> None:
-    """With z = c + r e, m = c or e: c's weight must be 1; e's and the noise's make the next level.
+def _check_line(made: CustomSolver) -> None:
+    """On data that is one picture c, every z is c plus noise of its level: carried exactly.
 
-    Drawn noise replaces that part of e: their squares add up to the level's.
+    z is kept as its weights of [c, the first noise, draw 0, draw 1, ...].
     """
-    back = range(min(i + 1, HISTORY))
-    ones = sum(float(made.x[i, k]) for k in back)
-    line = sum(float(made.x[i, k] * made.sigmas[i - k]) for k in back)
-    answer = float(made.m[i].sum())
-    picture, along = (ones + answer, line) if made.quantity == "data" else (ones, line + answer)
-    level = float(np.hypot(along, made.noise[i]))
-    for what, found, due in (("picture", picture, 1.0), ("noise", level, made.sigmas[i + 1])):
-        if abs(found - due) > TOLERANCE * max(1.0, due):
-            _refuse(
-                made.name,
-                f"leaves the exact line in row {i}: its {what} weighs {found:.8g}, not {due:.8g}",
-            )
+    rows = len(made.noise)
+    picture, *draws = np.eye(rows + 2)
+    z, answers = [picture + made.sigmas[0] * draws[0]], list[Doubles]()
+    for i in range(rows):
+        noise_of = (z[-1] - picture) / made.sigmas[i]
+        answers.append(picture if made.quantity == "data" else noise_of)
+        back = range(min(i + 1, HISTORY))
+        after = made.noise[i] * draws[i + 1]
+        for k in back:
+            after = after + made.x[i, k] * z[i - k] + made.m[i, k] * answers[i - k]
+        z.append(after)
+        level = float(np.copysign(np.linalg.norm(after[1:]), after[1]))
+        due = float(made.sigmas[i + 1])
+        for what, found, right in (("picture", after[0], 1.0), ("noise", level, due)):
+            if abs(found - right) > TOLERANCE * max(1.0, right):
+                _refuse(
+                    made.name,
+                    f"leaves the exact line in row {i}: its {what} weighs {found:.8g},"
+                    f" not {right:.8g}",
+                )
 
 
 def _numbers(name: str, content: Mapping[str, Any], key: str, count: int | None = None) -> Doubles:

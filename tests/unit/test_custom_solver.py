@@ -29,10 +29,10 @@ def euler():
 
 
 def euler_2():
-    """Two values of history in the second row; noise in the first: 3 = hypot(2.4, 1.8)."""
+    """Two values of history and noise in the second row: 0.7 = hypot(0.42, 0.56)."""
     content = euler()
-    content["m"] = [[2.4 - 14.6], [1.5 * -2.3, -0.5 * -2.3], [-0.7]]
-    content["noise"] = [1.8, 0, 0]
+    content["m"] = [[3.0 - 14.6], [1.5 * -2.58, -0.5 * -2.58], [-0.7]]
+    content["noise"] = [0, 0.56, 0]
     return content
 
 
@@ -54,7 +54,7 @@ def test_history_noise_and_timesteps():
     table = custom.parse({**euler_2(), "timesteps": [999, 600.5, 1]}, "x").table(TRAINING, "eps")
     assert table.depth == 2
     assert table.t.tolist() == [999, 600.5, 1]
-    assert table.n[0] == pytest.approx(1.8 * table.alphas[1])
+    assert table.n[1] == pytest.approx(0.56 * table.alphas[2])
 
 
 def without(key):
@@ -81,7 +81,8 @@ WRONG = [
     ({**euler(), "m": [[-11.6], [-2.3, 0, 1.0], [-0.7]]}, "back before its first row: m of row 1"),
     ({**euler(), "m": [[-11.6], [-2.29], [-0.7]]}, "row 1: its noise weighs 0.71, not 0.7"),
     ({**euler(), "x": [[1], [1.0001], [1]]}, "row 1: its picture weighs 1.0001, not 1"),
-    ({**euler_2(), "noise": [1.9, 0, 0]}, "row 0: its noise weighs"),
+    ({**euler(), "m": [[-11.6 - 6.0], [2.3], [-0.7]]}, "row 0: its noise weighs -3, not 3"),
+    ({**euler_2(), "noise": [0, 0.6, 0]}, "row 1: its noise weighs"),
     ({**euler(), "sigmas": [1.0, 3.0, 2.0, 1.0]}, "ends at level 1, no lower than it began"),
 ]
 
@@ -118,7 +119,9 @@ def test_levels_of_another_model():
     assert "other training levels" in caught.value.hint
 
 
-@pytest.mark.parametrize("name", ["dpmpp_2m", "unipc_3", "lms", "dpmpp_2m_sde", "heun"])
+@pytest.mark.parametrize(
+    "name", ["dpmpp_2m", "unipc_3", "lms", "dpmpp_2m_sde", "dpmpp_sde", "restart"]
+)
 def test_built_in_tables_pass_when_written_out(name):
     """What the library makes itself is a legal file: weights back in sigma / alpha."""
     levels = schedule.make("karras", TRAINING, 7)
