@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from sdengine.engine import schedule, solvers
@@ -84,3 +86,9 @@ def test_options_that_do_not_apply():
     assert "an eps model cannot start" in caught.value.message
     assert "v models" in caught.value.hint
     assert len(solvers.make("heun", schedule.make("karras", training.zero_snr(), 4), "v")) == 7
+
+
+def test_the_page_lists_every_name():
+    page = (Path(__file__).parents[2] / "docs" / "samplers.md").read_text("utf-8")
+    for name in (*solvers.SOLVERS, *schedule.SCHEDULES):
+        assert f"`{name}`" in page, name
