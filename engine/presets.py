@@ -211,8 +211,8 @@ PRESETS: Mapping[str, Preset] = {
     "reference": Preset("f32", 25, "dpmpp_2m"),
     "exact": Preset("bf16", 25, "dpmpp_2m"),
     "high": Preset("int8", 25, "dpmpp_2m"),
-    "balanced": Preset("bf16", 16, "dpmpp_2m", "karras", cache=2),
-    "fast": Preset("bf16", 12, "dpmpp_2m", "karras", cache=2, interval=(0.2, 6.0)),
+    "balanced": Preset("bf16", 12, "dpmpp_2m", "karras", cache=5, cut=2),
+    "fast": Preset("bf16", 20, "ddim", "leading", cache=5, cut=0, interval=(0.2, 20.0)),
     "turbo": Preset("bf16", 4, "lcm"),
 }
 

@@ -59,6 +59,7 @@ def keep_repro(
         "key": component.key,
         "graphs": {
             name: {
+                "name": g.name,
                 "file": g.path.name,
                 "sha256": g.sha256,
                 "inputs": tensors(g.inputs),
@@ -100,7 +101,7 @@ def repeat(folder: Path) -> list[str]:
 def _component(folder: Path, data: dict[str, Any]) -> Component:
     graphs = {
         name: Graph(
-            name, folder / g["file"], g["sha256"], _specs(g["inputs"]), _specs(g["outputs"])
+            g["name"], folder / g["file"], g["sha256"], _specs(g["inputs"]), _specs(g["outputs"])
         )
         for name, g in data["graphs"].items()
     }

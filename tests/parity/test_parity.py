@@ -15,8 +15,8 @@ import pytest
 from sdengine.engine.bundle import open_bundle
 from sdengine.engine.errors import ParityFailure, SdengineError
 from sdengine.export.parity import GATES, Gate, distance, judge, meets
-from sdengine.export.record import Case
-from sdengine.export.repro import keep_repro
+from sdengine.export.record import Case, loaded, run
+from sdengine.export.repro import keep_repro, repeat
 from sdengine.export.targets import get as get_target
 
 pytestmark = pytest.mark.export
@@ -168,6 +168,40 @@ def test_damaged_graph_fails_and_can_be_repeated(decoder, cases, out, tmp_path, 
         answer = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
         assert answer.stdout.startswith("vae_decoder image: max abs ")
         assert "PSNR" in answer.stdout
+
+
+@pytest.mark.ov
+def test_every_graph_is_judged_and_a_bad_one_is_named(mini_bundle, mini_parts, out, tmp_path):
+    unet, part = open_bundle(mini_bundle).components["unet"], mini_parts["unet"]
+    random = np.random.default_rng(2)
+    feeds = {
+        t.name: random.standard_normal(t.resolve({"B": 2, "h": 8, "w": 8})).astype(np.float32)
+        for t in unet.spec.inputs
+    }
+    with loaded(part, unet.weights) as network:
+        case = run(part, network, "noise", feeds)
+    records = judged(unet, [case], out)
+    assert [(r.graph, r.output) for r in records] == [
+        ("full", "out_sample"),
+        ("deep", "out_sample"),
+        ("deep", "features0"),
+        ("deep", "features1"),
+        ("shallow0", "out_sample"),
+        ("shallow1", "out_sample"),
+    ]
+    folder = tmp_path / "broken"
+    shutil.copytree(unet.weights.parent, folder)
+    model = onnx.load(folder / "shallow1.onnx", load_external_data=False)
+    negate_one_node(model.graph)
+    onnx.save(model, folder / "shallow1.onnx")
+    graphs = {n: replace(g, path=folder / g.path.name) for n, g in unet.graphs.items()}
+    graphs["shallow1"] = replace(graphs["shallow1"], sha256="damaged")
+    broken = replace(unet, weights=folder / unet.weights.name, graphs=graphs)
+    with pytest.raises(ParityFailure, match="unet/shallow1 on openvino in f32"):
+        judged(broken, [case], out)
+    folder = next(tmp_path.glob("model.parity-unet-*"))
+    (line,) = repeat(folder)
+    assert line.startswith("unet out_sample: max abs ")
 
 
 @pytest.mark.ov
