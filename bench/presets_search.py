@@ -47,7 +47,15 @@ REFERENCE = Preset("f32", 50, "dpmpp_2m")
 NEARBY = 0.7  # of the first round's settings: one knob away from the front
 NEAR_DB = 1.0  # how far below the front a setting of the first round may lie
 STEPS = (6, 8, 10, 12, 14, 16, 18, 20, 25)
-CACHES = (1, 2, 3, 4, 5, "early", "middle")  # an interval, or where the deep rows are densest
+CACHES: tuple[int | str, ...] = (
+    1,
+    2,
+    3,
+    4,
+    5,
+    "early",
+    "middle",
+)  # an interval, or where the deep rows are densest
 INTERVALS = (None, (0.2, 20.0), (0.5, 20.0), (0.0, 6.0), (0.2, 6.0))
 CENTRES = {"early": 0.2, "middle": 0.5}
 
@@ -126,7 +134,10 @@ class Found:
     @classmethod
     def read(cls, line: Mapping[str, Any]) -> Found:
         known = {f.name for f in fields(Preset)}
-        knobs = {k: tuple(v) if isinstance(v, list) else v for k, v in line["preset"].items()}
+        preset: Mapping[str, Any] = line["preset"]
+        knobs: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in preset.items()
+        }
         if unknown := set(knobs) - known:
             raise RequestError(
                 f"the results know knobs that presets have not: {', '.join(sorted(unknown))}",
@@ -143,9 +154,9 @@ def settings(
     costs = costs_of(drawer.bundle.components["unet"])
     cuts = sorted(int(n.removeprefix("shallow")) for n in costs if n.startswith("shallow"))
     spacings = [n for n in schedule.SCHEDULES if n != "reference"]  # which is `leading`
-    caches = CACHES if cuts else (1,)
-    for knobs in itertools.product(samplers, spacings, STEPS, caches, cuts or [0], INTERVALS):
-        sampler, spacing, steps, cache, cut, interval = knobs
+    caches: tuple[int | str, ...] = CACHES if cuts else (1,)
+    lists = (samplers, spacings, STEPS, caches, cuts or [0], INTERVALS)
+    for sampler, spacing, steps, cache, cut, interval in itertools.product(*lists):
         if cache == 1 and cut != 0:
             continue  # the same as another one
         preset = Preset(precision, steps, sampler, spacing, 1, cut, interval)
@@ -156,7 +167,7 @@ def settings(
         except RequestError:
             continue  # this solver has no such schedule, or no such number of steps
         if price <= limit:
-            found[knobs] = preset, price
+            found[sampler, spacing, steps, cache, cut, interval] = preset, price
     return found
 
 
