@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..engine.bundle import ModelFacts
 from ..engine.ports import Array
-from ..engine.spec import ComponentSpec, cut_of, features_name
+from ..engine.spec import ComponentSpec
 from ..engine.weights import read_tensors
 from . import conditions
 from .components import Part
@@ -159,6 +159,38 @@ def run(part: Part, network: nn.Module, name: str, feeds: Feeds) -> Case:
             result = network(**given)
     outputs = {part.spec.outputs[0].name: result.numpy()}
     return Case(name, feeds, outputs | {features_name(k): x.numpy() for k, x in features.items()})
+
+
+def _conditions(
+    parts: Mapping[str, Part], weights: Mapping[str, Path], facts: ModelFacts, report: Report
+) -> tuple[dict[str, list[Case]], Conditions]:
+    """Cases of the variant's own networks, and what the UNet is conditioned on."""
+
+    def ask(name: str, feeds: Sequence[tuple[str, Feeds]]) -> list[Case]:
+        report(f"reference: {name.replace('_', ' ')}", 0.03)
+        with loaded(parts[name], weights[name]) as network:
+            return [run(parts[name], network, case, f) for case, f in feeds]
+
+    if facts.variant == "inpainting":
+
+        def encode(image: Array) -> Array:
+            return ask("vae_encoder", [("", {"image": image})])[0].outputs["moments"]
+
+        return {}, conditions.inpainting(facts, latent_sides(facts, SMALL_SIDE), encode)
+    if facts.variant == "x4-upscaler":
+        return {}, conditions.low_scale(facts)
+    if "image_encoder" in parts:
+        tower = ask("image_encoder", [("picture", {"pixels": conditions.pixels(facts)})])
+        embedding = tower[0].outputs["embedding"][:1]
+        statistics = read_tensors(weights["image_encoder"], parts["image_encoder"].beside)
+        return {"image_encoder": tower}, conditions.unclip(facts, embedding, statistics)
+    if "depth" in parts:
+        sides = {"picture": DEPTH_SIDE, NATIVE: 16 * parts["depth"].config["grid"]}
+        cases = ask("depth", [(n, {"image": conditions.picture(s, s)}) for n, s in sides.items()])
+        return {"depth": cases}, conditions.depth(cases[0].outputs["depth"])
+    if facts.variant == "depth":
+        return {}, conditions.depth(None)
+    return {}, Conditions()
 
 
 def _conditions(
