@@ -50,7 +50,7 @@ class Case:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; what was refused stands in the row's failure."""
-        plain = asdict(self)
+        plain = {**asdict(self), "prompts": list(self.prompts)}
         return {k: v for k, v in plain.items() if k not in ("refused", "hint")}
 
 

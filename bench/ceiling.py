@@ -19,7 +19,7 @@ import numpy as np
 from ..engine.errors import BackendUnavailable, UnknownName
 
 SIDE = 2048  # 17 GFLOP a call: a tenth of a second on a small machine, and far above any cache
-CALLS = 7
+CALLS = 5
 PRECISIONS = ("f32", "bf16", "f16", "int8")
 
 

@@ -198,7 +198,12 @@ def renew(
     from . import report as tables
     from . import results
 
-    text = document.read_text(encoding="utf-8")
+    try:
+        text = document.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(
+            f"{document} cannot be read: {error}", hint="name a Markdown file in UTF-8"
+        ) from error
     results.write(document, tables.renew(text, results_folder, results.load))
     typer.echo(str(document))
 

@@ -85,7 +85,8 @@ def climb(
                           command=command)  # fmt: skip
     changed = {f"rung/{rung.name}": rung.changed for rung in rungs}
     for row in found.rows:
-        row["changed"] = changed.get(row["name"], "")
+        if row["name"] in changed:
+            row["changed"] = changed[row["name"]]
     files.save(found, out)
     return found
 
@@ -116,7 +117,7 @@ def markdown(results: Results) -> str:
     """The ladder as a table: each rung against the one before and against the first."""
     lines = ["| rung | what changed | picture | times as fast as the one before | as the first "
              "| peak memory | PSNR, SSIM (worst) |", "|---|---|---|---|---|---|---|"]  # fmt: skip
-    rows = [row for row in results.rows if row["name"].startswith("rung/")]
+    rows = [row for row in results.rows if "changed" in row]
     ran = [row for row in rows if row["ok"]]
     before = None
     for row in rows:

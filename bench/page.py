@@ -25,7 +25,8 @@ svg text { fill: currentColor; font-size: 12px } figure { margin: 1.5rem 0 }
 def page(results: Results, title: str = "sdengine bench") -> str:
     """The whole document."""
     ran = [row for row in results.rows if row["ok"]]
-    body = [f"<h1>{escape(title)}</h1>", _table(results), *_paragraphs(results)]
+    table = [_table(results)] if results.rows else []
+    body = [f"<h1>{escape(title)}</h1>", *table, *_paragraphs(results)]
     body += [f"<figure><figcaption>{escape(t)}</figcaption>{svg}</figure>" for t, svg in plots(ran)]
     if results.ratios:
         head, _, *lines = report.ratio_table(results.ratios)
@@ -62,8 +63,7 @@ def _html_table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _paragraphs(results: Results) -> Iterator[str]:
-    after = report.markdown(results).split("\n\n", 1)[1]
-    for line in after.splitlines():
+    for line in report.markdown(results).splitlines():
         if line and not line.startswith("|"):
             yield f"<p>{escape(line)}</p>"
 

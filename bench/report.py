@@ -28,7 +28,8 @@ COLUMNS = (
 
 def markdown(results: Results) -> str:
     """The table of a run, its conditions under it, and what failed."""
-    return "\n".join([*_table(results), "", *_conditions(results), *_rest(results)]) + "\n"
+    rows = [*_table(results), ""] if results.rows else []
+    return "\n".join([*rows, *_conditions(results), *_rest(results)]) + "\n"
 
 
 def table(results: Results) -> str:

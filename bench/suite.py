@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import replace
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -89,15 +91,24 @@ def with_references(rows: Sequence[Case], backend: str) -> tuple[list[Case], dic
     """The rows with each one's reference before it, and the reference's name by row's name."""
     ordered: dict[str, Case] = {}
     references: dict[str, str] = {}
+    taken = {case.name for case in rows}
     for case in rows:
         standard = cases.reference(case, backend)
-        same = next((c for c in rows if _alike(c, standard)), standard)
-        references[case.name] = same.name
-        references.setdefault(same.name, same.name)
+        same = next((c for c in (*rows, *ordered.values()) if _alike(c, standard)), None)
+        if same is None:
+            same = replace(standard, name=_free(standard.name, taken))
+            taken.add(same.name)
+        references[case.name] = references[same.name] = same.name
         ordered.setdefault(same.name, same)
     for case in rows:
         ordered.setdefault(case.name, case)
     return list(ordered.values()), references
+
+
+def _free(name: str, taken: Collection[str]) -> str:
+    """Two rows may need references that differ in more than their names tell."""
+    names = chain([name], (f"{name}-{n}" for n in count(2)))
+    return next(candidate for candidate in names if candidate not in taken)
 
 
 def _alike(a: Case, b: Case) -> bool:

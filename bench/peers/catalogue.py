@@ -125,11 +125,11 @@ def command(peer: Peer, home: Path) -> list[str]:
         return [sys.executable, "-m", "sdengine.bench.worker"]
     assert peer.environment is not None, "a script of a peer runs in the peer's environment"
     python = home / "envs" / peer.environment / SCRIPTS / "python"
-    if not python.exists():
-        reason = home / "envs" / f"{peer.environment}.failed"
+    failed = home / "envs" / f"{peer.environment}.failed"
+    if failed.exists() or not python.exists():
+        why = f"could not be made: {_last(failed)}" if failed.exists() else "is not there"
         raise BackendUnavailable(
-            f"its environment {peer.environment} "
-            + (f"could not be made: {_last(reason)}" if reason.exists() else "is not there"),
+            f"its environment {peer.environment} {why}",
             hint=f"python -m sdengine.bench.peers.envs {home} {peer.environment}",
         )
     # -P: a script's own folder must not hide the libraries that it imports

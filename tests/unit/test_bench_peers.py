@@ -1,0 +1,331 @@
+"""Peers: in turn with ours on workers with known answers; environments and models on a fake pip."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sdengine.bench import interleave, results
+from sdengine.bench.peers import catalogue, envs, models
+from sdengine.bench.peers.catalogue import Peer
+from sdengine.engine.errors import BackendUnavailable, UnknownName
+
+FAKE = str(Path(__file__).parents[1] / "fake_worker.py")
+REQUEST = {"seed": 1, "prompt": "x", "sampler": "ddim", "steps": 2, "guidance": 7.5,
+           "width": 16, "height": 16}  # fmt: skip
+
+
+@pytest.fixture
+def home(tmp_path):
+    """With one environment, `fake`, whose Python is this one, and one model."""
+    python = tmp_path / "home" / "envs" / "fake" / catalogue.SCRIPTS / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    (tmp_path / "home" / "models").mkdir()
+    (tmp_path / "home" / "models" / "form.safetensors").write_text("")
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def setup(home, monkeypatch):
+    """`setup(ours, peers)`: each name with the seconds that a picture takes."""
+
+    def make(ours, peers):
+        def runners(seconds):
+            return {
+                name: Peer("as it is", "fake", FAKE, "form", {"seconds": s})
+                for name, s in seconds.items()
+            }
+
+        standard = Peer("", "fake", FAKE, "form", {"precision": "f32"})
+        monkeypatch.setattr(catalogue, "OURS", {"f32": standard})
+        return interleave.Setup("bundle", home, runners(ours), runners(peers))
+
+    return make
+
+
+def silent(*_):
+    pass
+
+
+def test_ratios_of_known_times(setup, tmp_path):
+    out = tmp_path / "peers.json"
+    asked = setup({"exact": 2.0, "high": 1.0}, {"slow": 6.0, "quick": 0.5})
+    found = interleave.run(asked, REQUEST, out, silent, rounds=3)
+    ratios = {(p["peer"], p["ours"]): p["ratio"]["median"] for p in found.ratios}
+    assert ratios == pytest.approx({
+        ("slow", "sdengine exact"): 3.0, ("slow", "sdengine high"): 6.0,
+        ("quick", "sdengine exact"): 0.25, ("quick", "sdengine high"): 0.5})  # fmt: skip
+    first = found.ratios[0]
+    assert first["seconds"]["peer"]["samples"] == [6.0] * 3, "the warm-up does not count"
+    assert first["quality"]["peer"]["psnr_db"] is None, "the same grey as the reference"
+    assert first["settings"] == "as it is"
+    assert first["peak_bytes"]["peer"] > 10e6
+    assert results.load(out) == found
+
+
+@pytest.fixture
+def order(monkeypatch):
+    """Which worker was asked for each picture, and which were running then."""
+    asked = []
+    once = interleave.Runner.once
+
+    def noted(self, keep=None):
+        asked.append(self.worker)
+        return once(self, keep)
+
+    monkeypatch.setattr(interleave.Runner, "once", noted)
+    return asked
+
+
+def test_they_take_turns(setup, tmp_path, order):
+    interleave.run(setup({"ours": 1.0}, {"peer": 1.0}), REQUEST, tmp_path / "r", silent, rounds=3)
+    reference, peer, ours, *measured = order
+    assert len({reference, peer, ours}) == 3
+    assert measured == [peer, ours] * 3
+
+
+def test_what_is_not_measured_is_stopped(setup, tmp_path, monkeypatch):
+    """The kernel's own word: T, stopped by a signal."""
+    states = []
+    pause = interleave.Worker.pause
+
+    def noted(self):
+        pause(self)
+        status = Path(f"/proc/{self._process.pid}/stat")
+        for _ in range(1000):
+            state = status.read_text().rpartition(")")[2].split()[0]
+            if state == "T":
+                break
+        states.append(state)
+
+    if not Path("/proc/self/stat").exists():
+        pytest.skip("only Linux tells a process's state in /proc")
+    monkeypatch.setattr(interleave.Worker, "pause", noted)
+    interleave.run(setup({"ours": 1.0}, {"peer": 1.0}), REQUEST, tmp_path / "r", silent, rounds=2)
+    assert states == ["T"] * 7
+
+
+def test_a_peer_that_cannot_run_is_an_entry_with_its_reason(setup, home, tmp_path):
+    asked = setup({"ours": 1.0}, {"good": 2.0})
+    bad = {
+        "absent": Peer("", "nowhere", FAKE, "form"),
+        "broken": Peer("", "broken", FAKE, "form"),
+        "formless": Peer("", "fake", FAKE, "other"),
+    }
+    (home / "envs" / "broken.failed").write_text("pip install x\nno matching distribution")
+    found = interleave.run(
+        replace(asked, peers={**bad, **asked.peers}), REQUEST, tmp_path / "r", silent, rounds=2
+    )
+    told = {p["peer"]: p.get("failure", {}).get("error") for p in found.ratios}
+    assert told == {
+        "absent": "its environment nowhere is not there",
+        "broken": "its environment broken could not be made: no matching distribution",
+        "formless": "the model in the form 'other' is not there",
+        "good": None,
+    }
+    assert found.ratios[0]["failure"]["hint"].endswith("peers.envs " + f"{home} nowhere")
+    assert "peers.models" in found.ratios[2]["failure"]["hint"]
+
+
+def test_a_variant_of_ours_that_fails_does_not_spoil_the_others(setup, tmp_path):
+    asked = setup({"good": 1.0}, {"peer": 2.0})
+    ours = {"lost": Peer("", "nowhere", FAKE, "form"), **asked.ours}
+    found = interleave.run(replace(asked, ours=ours), REQUEST, tmp_path / "r", silent, rounds=2)
+    assert [p["ok"] for p in found.ratios] == [False, True]
+    assert "nowhere" in found.ratios[0]["failure"]["error"]
+
+
+def test_without_a_reference_there_is_a_note(setup, tmp_path, monkeypatch):
+    asked = setup({"ours": 1.0}, {"peer": 1.0})
+    monkeypatch.setattr(catalogue, "OURS", {"f32": Peer("", "nowhere", FAKE, "form")})
+    found = interleave.run(asked, REQUEST, tmp_path / "r", silent, rounds=2)
+    assert found.notes[1] == "no float32 reference: its environment nowhere is not there"
+    assert found.ratios[0]["quality"] == {"peer": None, "ours": None}
+
+
+@pytest.mark.ov
+def test_our_own_worker_speaks_the_protocol(setup, tmp_path):
+    """The embedded model in two steps against a peer that says it took 1000 s."""
+    asked = setup({}, {"slow": 1000.0})
+    ours = {"f32": Peer("", None, None, "bundle", {"precision": "f32", "threads": 1})}
+    request = {**REQUEST, "width": 64, "height": 64}
+    found = interleave.run(
+        replace(asked, bundle="emoji", ours=ours), request, tmp_path / "r", silent, rounds=2
+    )
+    (pair,) = found.ratios
+    assert pair["ok"], pair
+    assert pair["ratio"]["median"] > 100
+    assert pair["about"]["ours"]["precision"] == "f32"
+    assert pair["step_s"]["ours"]["n"] == 2 * 2
+
+
+def test_names_that_nobody_knows():
+    with pytest.raises(UnknownName, match="peer 'genay'") as caught:
+        interleave.setup("emoji", Path(), ["exact"], ["genay"], None)
+    assert "'genai'" in caught.value.hint
+    with pytest.raises(UnknownName, match="variant of ours"):
+        interleave.setup("emoji", Path(), ["exat"], ["genai"], None)
+
+
+# --- the catalogue -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*catalogue.PEERS, *catalogue.OURS])
+def test_every_peer_has_its_script_environment_model_and_settings(name):
+    peer = {**catalogue.PEERS, **catalogue.OURS}[name]
+    assert len(peer.settings) > 10, "its settings are written down"
+    if peer.worker is None:
+        assert (peer.environment, peer.model) == (None, "bundle")
+        return
+    assert (catalogue.HERE / peer.worker).is_file()
+    assert peer.environment in envs.ENVIRONMENTS
+    assert peer.model in models.FORMS
+
+
+@pytest.mark.parametrize("form", [f for f in models.FORMS.values() if f is not None])
+def test_every_form_has_its_script_and_environment(form):
+    assert (catalogue.HERE / form.script).is_file()
+    assert form.environment in envs.ENVIRONMENTS
+    assert form.source is None or form.source in models.FORMS
+
+
+@pytest.mark.parametrize("script", sorted(catalogue.HERE.glob("worker_*.py")), ids=lambda p: p.name)
+def test_a_script_of_a_peer_imports_nothing_of_ours(script):
+    """It runs where sdengine is not installed."""
+    tree = ast.parse(script.read_text(encoding="utf-8"))
+    nodes = [n for n in ast.walk(tree) if isinstance(n, (ast.Import, ast.ImportFrom))]
+    names = {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names}
+    names |= {"." * n.level + (n.module or "") for n in nodes if isinstance(n, ast.ImportFrom)}
+    assert "protocol" in names
+    assert not [n for n in names if n.startswith((".", "sdengine"))]
+
+
+def test_a_worker_script_starts_outside_of_the_package(tmp_path):
+    """And says what its environment lacks."""
+    command = [sys.executable, "-I", str(catalogue.HERE / "worker_sdcpp.py")]
+    done = subprocess.run(
+        command, input='{"op": "load", "options": {}}\n', capture_output=True, text=True, check=True
+    )
+    assert '"ok": false' in done.stdout
+    assert "stable_diffusion_cpp" in done.stdout
+
+
+# --- environments and models -------------------------------------------------------------------
+
+
+class FakeShell:
+    """Notes commands; those that hold `fails` end with status 1. A venv gets its Python file, a
+    script writes its second argument."""
+
+    def __init__(self, fails: str = "\0") -> None:
+        self.fails = fails
+        self.ran: list[list[str]] = []
+
+    def __call__(self, command):
+        self.ran.append(list(command))
+        if any(self.fails in part for part in command):
+            return subprocess.CompletedProcess(command, 1, "", "Collecting\nno such distribution\n")
+        if "venv" in command:
+            python = Path(command[-1]) / catalogue.SCRIPTS / "python"
+            python.parent.mkdir(parents=True, exist_ok=True)
+            python.write_text("")
+        if "-P" in command:
+            Path(command[4]).mkdir()
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+
+def test_an_environment_is_made_once(tmp_path):
+    shell = FakeShell()
+    assert envs.make(tmp_path, ["genai"], shell) == {"genai": ""}
+    assert [c[1:4] for c in shell.ran][:2] == [["-m", "venv", "--clear"], ["-m", "pip", "install"]]
+    assert any("uninstall" in c for c in shell.ran), "torchvision goes"
+    assert envs.make(tmp_path, ["genai"], FakeShell("")) == {"genai": ""}, "nothing runs again"
+
+
+def test_an_environment_that_cannot_be_made_says_why_and_is_tried_again(tmp_path):
+    found = envs.make(tmp_path, ["sdcpp", "genai"], FakeShell("stable-diffusion-cpp-python"))
+    assert found == {"sdcpp": "no such distribution", "genai": ""}
+    with pytest.raises(BackendUnavailable, match="could not be made: no such distribution"):
+        catalogue.command(catalogue.PEERS["sdcpp-f16"], tmp_path)
+    assert envs.make(tmp_path, ["sdcpp"], FakeShell()) == {"sdcpp": ""}
+    assert not (tmp_path / "envs" / "sdcpp.failed").exists()
+
+
+def test_an_environment_that_nobody_knows(tmp_path, capsys):
+    with pytest.raises(UnknownName, match="'genia'"):
+        envs.make(tmp_path, ["genia"], FakeShell())
+    assert envs.main([str(tmp_path), "genia"]) == 2
+    assert "hint: did you mean 'genai'" in capsys.readouterr().err
+    assert envs.main([]) == 2
+
+
+def test_a_form_is_made_of_its_source(tmp_path):
+    (tmp_path / "sd.safetensors").write_text("weights")
+    shell = FakeShell()
+    made = models.make(tmp_path / "home", tmp_path / "sd.safetensors",
+                       ["openvino-int8-full", "checkpoint"], shell)  # fmt: skip
+    assert made == {"openvino-int8-full": "", "checkpoint": ""}
+    place = tmp_path / "home" / "models"
+    assert sorted(p.name for p in place.iterdir()) == [
+        "checkpoint.safetensors", "diffusers", "openvino-int8-full"]  # fmt: skip
+    assert [Path(c[2]).name for c in shell.ran] == ["make_diffusers.py", "make_openvino.py"]
+    assert shell.ran[1][3:] == [str(place / "diffusers"), str(place / ".openvino-int8-full.part"),
+                                "full"]  # fmt: skip
+    peer = catalogue.PEERS["sdcpp-q8_0"]
+    found = catalogue.options(peer, tmp_path / "home", "bundle")
+    assert found == {"model": str(place / "checkpoint.safetensors"), "wtype": "q8_0"}
+
+
+def test_a_form_that_cannot_be_made_says_why(tmp_path, capsys):
+    (tmp_path / "sd.safetensors").write_text("weights")
+    made = models.make(tmp_path, tmp_path / "sd.safetensors", ["openvino"], FakeShell("diffusers"))
+    why = "it is made of diffusers: status 1: no such distribution"
+    assert made == {"openvino": why}
+    with pytest.raises(BackendUnavailable, match="could not be made: it is made of") as caught:
+        catalogue.options(catalogue.PEERS["genai"], tmp_path, "bundle")
+    assert "peers.models" in caught.value.hint
+    with pytest.raises(UnknownName, match="'openvin'"):
+        models.make(tmp_path, tmp_path / "sd.safetensors", ["openvin"], FakeShell())
+    assert models.main([str(tmp_path), "x", "openvin"]) == 2
+    assert "did you mean 'openvino'" in capsys.readouterr().err
+    assert models.main([]) == 2
+
+
+def test_without_its_environment_a_form_says_so(tmp_path):
+    (tmp_path / "sd.safetensors").write_text("weights")
+    made = models.make(tmp_path, tmp_path / "sd.safetensors", ["diffusers"])
+    assert "make it with peers.envs" in made["diffusers"]
+
+
+def test_the_configs_follow_the_checkpoints_shapes(golden_file, make_checkpoint):
+    """Against the network's own config, which the golden key list holds."""
+    import importlib.util
+    import json
+
+    pytest.importorskip("safetensors")
+    spec = importlib.util.spec_from_file_location("m", catalogue.HERE / "make_diffusers.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    found = script.configs(script.shapes_of(make_checkpoint("base")), head=16)
+    known = json.loads(golden_file("keys/base.tiny.json").read_text())["config"]
+    unet, vae, text = (known[name] for name in ("unet", "vae", "text"))
+    first = unet["model_channels"]
+    ours = found["unet/config.json"]
+    assert ours["block_out_channels"] == [first * m for m in unet["channel_mult"]]
+    assert ours["attention_head_dim"] == [c // 16 for c in ours["block_out_channels"]]
+    assert ours["cross_attention_dim"] == unet["context_dim"]
+    assert found["vae/config.json"]["block_out_channels"] == [
+        vae["ch"] * m for m in vae["ch_mult"]]  # fmt: skip
+    assert found["text_encoder/config.json"]["num_hidden_layers"] == text["layers_used"]
+    assert found["text_encoder/config.json"]["num_attention_heads"] == text["heads"]
+    np.testing.assert_allclose(
+        found["scheduler/scheduler_config.json"]["beta_end"], known["linear_end"]
+    )
