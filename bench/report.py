@@ -81,7 +81,7 @@ def _share(row: Row) -> str:
 def quality(row: Row) -> str:
     found = row.get("quality")
     if found is None:
-        return row.get("why", "not measured")
+        return str(row.get("why", "not measured"))
     if found["reference"] == row["name"]:
         return "the reference"
     decibels, ssim = found["psnr_db"], found["ssim"]

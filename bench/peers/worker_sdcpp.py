@@ -39,8 +39,11 @@ class StableDiffusionCpp:
             vae_decode_only=True,
             verbose=False,
         )
-        about = {"stable-diffusion-cpp-python": version("stable-diffusion-cpp-python")}
-        about |= {"threads": threads, "wtype": options["wtype"]}
+        about = {
+            "stable-diffusion-cpp-python": version("stable-diffusion-cpp-python"),
+            "threads": threads,
+            "wtype": options["wtype"],
+        }
         return {"seconds": time.perf_counter() - start, "about": about}
 
     def run(self, request: dict[str, Any], picture: str | None = None) -> dict[str, Any]:
