@@ -11,6 +11,7 @@ from time import perf_counter
 from typing import Any
 
 from . import __version__, backends
+from .backends import machine
 from .engine.bundle import MANIFEST, Bundle, open_bundle
 from .engine.errors import BackendUnavailable, MissingPart, NotABundle, RequestError, UnknownName
 from .engine.given import Given
@@ -57,7 +58,7 @@ def load(
     log.info("backend %s, precision %s: %s", chosen.name, precision, why)
     sessions = EngineSessions(bundle, chosen, precision, threads)
     about = {"version": __version__, "backend": chosen.name, "precision": precision}
-    return Pipeline(bundle, sessions, about)
+    return Pipeline(bundle, sessions, about, machine.available_memory())
 
 
 @dataclass(frozen=True)

@@ -268,6 +268,10 @@ def run(
     safety: Annotated[
         str | None, typer.Option(help="What to do where the bundle's classifier objects.")
     ] = None,
+    tile: Annotated[
+        str | None,
+        typer.Option(help="Side of the tiles of a large picture in latent cells, auto or off."),
+    ] = None,
     compat: Annotated[
         str | None, typer.Option(help="reference: its own defaults, spacing and noise levels.")
     ] = None,
@@ -343,6 +347,7 @@ def run(
         paste=paste,
         watermark=watermark,
         safety=safety,
+        tile=int(tile) if tile is not None and tile.isdecimal() else tile,
         compat=compat,
     )
     pictures = _given(image=image if image else None, mask=mask, depth=depth)

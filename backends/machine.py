@@ -46,20 +46,53 @@ def _quota(root: Path) -> float | None:
 
     source  Linux, Documentation/admin-guide/cgroup-v2.rst (cpu.max) and scheduler/sched-bwc.rst
     """
-    found = [q for folder in _groups(root) if (q := _group_quota(folder)) is not None]
+    found = [q for folder in _groups(root, "cpu") if (q := _group_quota(folder)) is not None]
     return min(found, default=None)
 
 
-def _groups(root: Path) -> list[Path]:
+def available_memory(root: Path = Path("/")) -> int | None:
+    """Bytes that a run may still take: what the kernel can free, within what every control group
+    above us has left. None where the kernel does not say.
+
+    source  Linux, Documentation/filesystems/proc.rst (MemAvailable), admin-guide/cgroup-v2.rst
+            (memory.max; memory.current counts cached files, which make room when asked)
+    """
+    lines = _read(root / "proc/meminfo").splitlines()
+    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    if "MemAvailable" not in fields:
+        return None
+    left = [int(fields["MemAvailable"].split()[0]) * 1024]
+    for folder in _groups(root, "memory"):
+        if (room := _group_memory(folder)) is not None:
+            left.append(room)
+    return max(0, min(left))
+
+
+def _group_memory(folder: Path) -> int | None:
+    """Bytes that a control group has left; None: no limit."""
+    limit, used = _read(folder / "memory.max"), _read(folder / "memory.current")
+    files = "inactive_file"
+    if not limit:
+        limit, used = (_read(folder / f"memory.{n}_in_bytes") for n in ("limit", "usage"))
+        files = "total_inactive_file"
+    if not limit.isdecimal() or not used.isdecimal():  # "max" is no limit
+        return None
+    stat = dict(line.split() for line in _read(folder / "memory.stat").splitlines())
+    return int(limit) - int(used) + int(stat.get(files, 0))
+
+
+def _groups(root: Path, controller: str) -> list[Path]:
     """Folders of our control groups, each with its parents; v2 and v1."""
     folders = []
     for line in _read(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
+        if controllers and controller not in controllers.split(","):
             continue
         mount = root / "sys/fs/cgroup"
         bases = (
-            [mount, mount / "unified"] if not controllers else [mount / "cpu", mount / controllers]
+            [mount, mount / "unified"]
+            if not controllers
+            else [mount / controller, mount / controllers]
         )
         steps = [p for p in path.split("/") if p]
         for base in bases:

@@ -9,13 +9,15 @@ from functools import partial
 import numpy as np
 
 from .guidance import Conditions, Guidance, Open
-from .loop import Settle, State, Step
+from .loop import Predict, Settle, State, Step
+from .memory import Plan
 from .ports import Array, Floats
 from .preview import predicted, preview
 from .request import Progress
 from .state import Saved
 from .table import Row
 from .tasks import Beginning, Streams, Work, inpaint
+from .tiles import Tiled
 
 
 @dataclass
@@ -34,7 +36,9 @@ class Batch:
     begun: Sequence[Beginning]
     texts: tuple[Floats | None, Floats]
     given: Mapping[str, str]
-    predict: Guidance = field(init=False)
+    plan: Plan
+    guidance: Guidance = field(init=False)
+    predict: Predict = field(init=False)
     settle: Settle | None = field(init=False)
 
     def start(self, open_session: Open, resume: Saved | None) -> Array | State:
@@ -46,10 +50,12 @@ class Batch:
             for text in self.texts
         )
         assert cond is not None
-        self.predict = Guidance(
+        self.guidance = Guidance(
             open_session, uncond, cond, _conditions(self.begun),
             halves=request.halves, rescale=request.rescale,
         )  # fmt: skip
+        tile = self.plan.unet_tile
+        self.predict = self.guidance if tile is None else Tiled(self.guidance.part, tile)
         self.settle = _settle(self.work, self.begun)
         x = np.stack([b.x for b in self.begun])
         if resume is None:
@@ -63,7 +69,7 @@ class Batch:
         )
         for own, snapshot in zip(self.streams, resume.noise, strict=True):
             own.other.restore(snapshot)
-        self.predict.restore(resume.state.rows, resume.features)
+        self.guidance.restore(resume.state.rows, resume.features)
         return resume.state
 
     def noise(self) -> Array:
@@ -93,7 +99,7 @@ class Batch:
             step.state(),
             [own.other.snapshot() for own in self.streams],
             self.given,
-            self.predict.features(),
+            self.guidance.features(),
         )
 
     def _request(self) -> dict[str, object]:

@@ -53,7 +53,7 @@ class Finisher:
     def __call__(self, index: int, latent: Array) -> Picture:
         """Picture number `index` of the run."""
         work, request = self.work, self.work.request
-        decoded = latents.decode(work.open, latent, work.facts.latent.scale)
+        decoded = latents.decode(work.open, latent, work.facts.latent.scale, work.tile)
         pixels = self._pasted(work.canvas.crop(images.to_uint8(decoded)))
         verdict = safety.judge(Image.fromarray(pixels), request.safety, work.open, self.classifier)
         if verdict.objected or verdict.word == safety.NONE:

@@ -22,6 +22,7 @@ from .tiles import WHOLE, Window
 Open = Callable[[str, Mapping[str, int]], Session]
 Half = Literal["both", "uncond", "cond"]
 Halves = Literal["together", "apart"]
+Corner = tuple[int, int]  # of a window of the latent: top, left
 OUT = "out_sample"
 
 
@@ -77,31 +78,35 @@ class Guidance:
         self._rescale = rescale
         self._bound: dict[Half, Session] = {}
         self._graphs: dict[tuple[Half, str], Session] = {}
-        self._cached: Cached | None = None
+        self._cached: dict[Corner, Cached] = {}
 
     @property
     def cached_from(self) -> int | None:
         """The row whose features are held, None before the first one: a saved run that goes on
         without them must begin where `presets.check_start` allows it."""
-        return None if self._cached is None else self._cached.row
+        return max((kept.row for kept in self._cached.values()), default=None)
 
     def features(self) -> dict[str, Array]:
-        """What is held for shallow rows, `both.features0` -> array: for a run that is saved."""
-        if self._cached is None:
-            return {}
+        """What is held for shallow rows: for a run that is saved.
+
+        `both.0,0.features0` -> array: half, corner of the window, name
+        """
         return {
-            f"{half}.{name}": value
-            for half, arrays in self._cached.halves.items()
+            f"{half}.{corner[0]},{corner[1]}.{name}": value
+            for corner, kept in self._cached.items()
+            for half, arrays in kept.halves.items()
             for name, value in arrays.items()
         }
 
-    def restore(self, row: int, features: Mapping[str, Array]) -> None:
+    def restore(self, rows: int, features: Mapping[str, Array]) -> None:
         """Hold what `features` gave in another process, after that many rows."""
-        halves: dict[Half, dict[str, Array]] = {}
+        found: dict[Corner, dict[Half, dict[str, Array]]] = {}
         for key, value in features.items():
-            half, _, name = key.partition(".")
+            half, corner, name = key.split(".", 2)
+            top, left = map(int, corner.split(","))
+            halves = found.setdefault((top, left), {})
             halves.setdefault(cast("Half", half), {})[name] = value
-        self._cached = Cached(row - 1, halves) if halves else None
+        self._cached = {corner: Cached(rows - 1, halves) for corner, halves in found.items()}
 
     def __call__(self, x: Array, row: Row) -> Array:
         return self.part(x, row, WHOLE)
@@ -109,20 +114,25 @@ class Guidance:
     def part(self, x: Array, row: Row, window: Window) -> Array:
         """The same for x that is a window of the latent, with the channels of that window.
 
-        Windows of one Guidance have one size: the text is held once, for all of them.
+        Windows of one Guidance have one size: the text is held once, for all of them. Features are
+        held for each.
         """
-        both = row.guidance != 1.0
-        session = self._session(both, x)
+        guided = row.guidance != 1.0
+        halves = self._guided if guided else ("cond",)
         beside = self._conditions.channels
-        half = x if beside is None else np.concatenate([x, beside[..., *window]], axis=1)
-        sample = np.concatenate([half, half]) if both else half
-        time = np.full(len(sample), row.t, np.float32)
-        out = session({"sample": sample, "timestep": time})["out_sample"]
-        if both:
-            uncond, out = out[: len(x)], out[len(x) :]
-            out -= uncond
-            out *= row.guidance
-            out += uncond
+        sample = x if beside is None else np.concatenate([x, beside[..., *window]], axis=1)
+        corner = _corner(window)
+        results = {half: self._run(half, sample, row, corner) for half in halves}
+        if row.graph.startswith("deep"):
+            kept = {h: _features(r) for h, r in results.items()}
+            self._cached[corner] = Cached(row.index, kept)
+        out = results[halves[-1]][OUT]
+        if guided:
+            if "uncond" in results:
+                uncond, cond = results["uncond"][OUT], out
+            else:
+                uncond, cond = out[: len(x)], out[len(x) :]
+            out = self._combined(uncond, cond, row.guidance)
         flat = out.ravel()
         with np.errstate(over="ignore", invalid="ignore"):
             norm = float(flat @ flat)  # one pass, a few microseconds; NaN and infinity survive it
@@ -134,19 +144,19 @@ class Guidance:
             )
         return out
 
-    def _run(self, half: Half, sample: Array, row: Row) -> dict[str, Array]:
+    def _run(self, half: Half, sample: Array, row: Row, corner: Corner) -> dict[str, Array]:
         """One call of the row's graph."""
         x = np.concatenate([sample, sample]) if half == "both" else sample
         session = self._session(half, row.graph, x)
         feeds = {"sample": x, "timestep": np.full(len(x), row.t, np.float32)}
         if row.graph.startswith("shallow"):
             wanted = session.spec.inputs[-1].name
-            feeds[wanted] = self._features(half, row, len(sample))[wanted]
+            feeds[wanted] = self._features(half, row, len(sample), corner)[wanted]
         return session(feeds)
 
-    def _features(self, half: Half, row: Row, batch: int) -> Mapping[str, Array]:
+    def _features(self, half: Half, row: Row, batch: int, corner: Corner) -> Mapping[str, Array]:
         """What the last deep row gave for this half."""
-        cached = self._cached
+        cached = self._cached.get(corner)
         assert cached is not None, f"row {row.index} is shallow, and no deep row ran before it"
         assert cached.row < row.index, f"features of row {cached.row} are left from another run"
         if half in cached.halves:
@@ -196,6 +206,11 @@ class Guidance:
         return {
             "class_labels": np.concatenate([uncond, labels]) if half == "both" else chosen[half]
         }
+
+
+def _corner(window: Window) -> Corner:
+    rows, columns = window
+    return rows.start or 0, columns.start or 0
 
 
 def _features(results: Mapping[str, Array]) -> dict[str, Array]:

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import numpy as np
 
-import numpy as np
-
 from .guidance import Open
 from .ports import Array, Floats
 from .tiles import Grid, Mosaic

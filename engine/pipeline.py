@@ -68,6 +68,7 @@ class Pipeline:
     """A bundle and its sessions, ready for requests. A context manager; close() frees the engines.
 
     about       backend, precision and the like, written into every picture
+    available   bytes of memory that a run may take; None: not known, nothing is tiled
     """
 
     def __init__(
@@ -75,12 +76,14 @@ class Pipeline:
         bundle: Bundle,
         sessions: Sessions,
         about: dict[str, str],
+        available: int | None = None,
     ) -> None:
         self.bundle, self.facts = bundle, bundle.facts
         self.about = {"model": bundle.facts.name, "bundle": bundle.id,
                       "model_sha256": bundle.facts.source.sha256, **about}  # fmt: skip
         self._sessions = sessions
         self._tokenizer = Tokenizer(bundle.tokenizer_file, bundle.facts.tokenizer)
+        self._available = available
         self._unet = bundle.component("unet")
         classifier = bundle.components.get(safety.COMPONENT)
         self._classifier = None if classifier is None else classifier.config
@@ -139,7 +142,7 @@ class Pipeline:
         sessions = Metered(self._sessions, timings)
         with _running(timings):
             with stage(timings, "prepare"):
-                setting = set_up(task, self.facts, result.request, given, self._unet.graphs)
+                setting = set_up(task, self.bundle, result.request, given, self._available)
             request, table = setting.request, setting.table
             work = setting.work(sessions, self._statistics)
             result.request = request
@@ -157,7 +160,9 @@ class Pipeline:
                 streams = [self._streams(request, first + k) for k in range(count)]
                 with stage(timings, "prepare"):
                     begun = [begin(own) for own in streams]
-                batch = Batch(self.bundle.id, work, first, streams, begun, texts, given.about())
+                batch = Batch(
+                    self.bundle.id, work, first, streams, begun, texts, given.about(), setting.plan
+                )
                 start = batch.start(sessions, control.resume)
                 with stage(timings, "denoise"):
                     last = perf_counter()

@@ -85,6 +85,7 @@ class Request:
     compat          `reference`: its defaults, its spacing, its noise level of img2img
     watermark       the invisible mark, where the picture is large enough
     safety          what is done with a picture that the bundle's classifier objects to
+    tile            side of a tile in latent cells, `auto` or `off`
 
     raises          RequestError, UnknownName
     """
@@ -132,6 +133,7 @@ class Request:
     compat: str | None = None
     watermark: bool = True
     safety: str = "off"
+    tile: int | str = "auto"
 
     def __post_init__(self) -> None:
         for name in ("prompt", "negative_prompt", "background"):

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from . import canvas as canvases
-from . import columns, presets, schedule, solvers
-from .bundle import ModelFacts
+from . import columns, memory, presets, schedule, solvers
+from .bundle import Bundle, ModelFacts
 from .canvas import Canvas
 from .errors import RequestError
 from .given import Given
@@ -36,31 +36,39 @@ class Setting:
     table: Table
     canvas: Canvas
     mask: PlacedMask | None
+    plan: memory.Plan
     warnings: Sequence[str]
 
     def work(self, open_session: Open, statistics: Statistics) -> Work:
         return Work(
             self.facts, self.request, self.given, open_session, self.table, self.canvas,
-            self.mask, statistics,
+            self.mask, self.plan.vae_tile, statistics,
         )  # fmt: skip
 
 
 def set_up(
-    task: Task, facts: ModelFacts, request: Request, given: Given, graphs: Collection[str]
+    task: Task, bundle: Bundle, request: Request, given: Given, available: int | None
 ) -> Setting:
-    """graphs      of the bundle's UNet: what a feature cache may run
+    """available   bytes of memory that the run may take; None: not known, nothing is tiled
 
     raises      RequestError; StorageError for a picture that cannot be read
     """
     warnings: list[str] = []
+    facts = bundle.facts
     _check_extras(task, facts, request, given)
     canvas = _canvas(task, facts, request, given, warnings)
     mask = _mask(request, given, canvas) if task.mask else None
+    graphs = bundle.component("unet").graphs
     table = _table(task, facts, request, graphs, warnings)
+    plan = memory.plan(
+        bundle, canvas.height, canvas.width, available, request.tile, batch=request.batch_size
+    )
+    if plan.vae_tile is not None or plan.unet_tile is not None:
+        warnings.append(plan.reason)
     height, width = canvas.size
     if not task.placed or request.width is not None or request.height is not None:
         request = replace(request, height=height, width=width)
-    return Setting(facts, request, given, table, canvas, mask, warnings)
+    return Setting(facts, request, given, table, canvas, mask, plan, warnings)
 
 
 def _table(

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..engine.bundle import STATISTICS, ModelFacts
-from ..engine.spec import ComponentSpec, TensorSpec
+from ..engine.spec import ComponentSpec, TensorSpec, features_name
 from .modules.depth import MULTIPLE, DepthConfig, DepthNetwork
 from .modules.depth import PREFIX as DEPTH
 from .modules.image_encoder import PREFIX as IMAGE
@@ -37,6 +37,8 @@ class Part:
     build       the module, on torch's current default device
     multiples   dimension -> what its size is a multiple of
     hoisted     inputs that stay the same for all steps of a run
+    features    where the network can be cut: what `deep` gives and `shallow<k>` takes
+    native      sizes of the step's named dimensions, for one picture of the model's own size
     beside      LDM names of tensors that lie in its weight file and are not the network's
     """
 
@@ -46,6 +48,8 @@ class Part:
     build: Callable[[], nn.Module]
     multiples: Mapping[str, int]
     hoisted: tuple[str, ...] = ()
+    features: tuple[TensorSpec, ...] = ()
+    native: Mapping[str, int] | None = None
     beside: tuple[str, ...] = ()
 
     @property

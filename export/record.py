@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..engine.bundle import ModelFacts
 from ..engine.ports import Array
-from ..engine.spec import ComponentSpec
+from ..engine.spec import ComponentSpec, cut_of, features_name
 from ..engine.weights import read_tensors
 from . import conditions
 from .components import Part

@@ -136,8 +136,8 @@ def embedding_stats(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def variant_bundle(make_checkpoint, embedding_stats, tmp_path_factory):
     """`variant_bundle("inpainting")`: Path of that variant's tiny random model as a bundle, proved
-    on OpenVINO in float32; each is exported once. Its native latent is 16x16: tracing is slow enough
-    without large pictures."""
+    on OpenVINO in float32; each is exported once. Its native latent is 16x16: tracing is slow
+    enough without large pictures."""
     from sdengine.export import export_bundle
     from sdengine.export.checkpoint import open_checkpoint
 

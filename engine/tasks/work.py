@@ -26,6 +26,7 @@ class Work:
     """One run.
 
     mask        what is repainted; None where the task has none
+    tile        side of a VAE tile in latent cells; None: whole
     statistics  mean and deviation of image embeddings, float32 [D], where the model has them
     """
 
@@ -36,6 +37,7 @@ class Work:
     table: Table
     canvas: Canvas
     mask: PlacedMask | None = None
+    tile: int | None = None
     statistics: Statistics = (None, None)
 
     @property
@@ -50,7 +52,7 @@ class Work:
 
     def encode(self, pixels: Floats) -> Floats:
         """float32 [3, H, W] -> moments [2C, h, w]"""
-        return latents.encode(self.open, pixels)
+        return latents.encode(self.open, pixels, self.facts.latent.factor, self.tile)
 
     def sample(self, moments: Floats, streams: Streams) -> Floats:
         """A latent [C, h, w] from the moments, the scale in it."""

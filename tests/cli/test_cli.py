@@ -144,6 +144,7 @@ def test_every_option_reaches_the_request(load: Any) -> None:
         "cut": 1,
         "rescale": 0.5,
         "cfg_plus_plus": 0.25,
+        "tile": 64,
         "solver": "s.json",
         "halves": "apart",
         "variation_seed": 4,

@@ -299,7 +299,7 @@ def test_unclip(bundle, text, rng, level):
     networks = Networks(net, auto, text, image_encoder=lambda pixels: {"embedding": embedding})
     mine = ours(bundle, networks, facts, image=picture(rng), noise_level=level)
     reference = hf.StableUnCLIPImg2ImgPipeline(
-        None, None, StableUnCLIPImageNormalizer(EMBEDDING),
+        None, StableUnCLIPImageNormalizer(1), StableUnCLIPImageNormalizer(EMBEDDING),
         hf.DDPMScheduler(beta_schedule="squaredcos_cap_v2"), None, text, net,
         scheduler("v_prediction"), auto,
     )  # fmt: skip

@@ -78,3 +78,35 @@ def test_the_users_own_limit(tree, text, threads, monkeypatch):
 def test_here():
     assert 1 <= machine.threads() <= (os.cpu_count() or 1)
     assert machine.processor().strip() == machine.processor() != ""
+
+
+MIB = 1 << 20
+
+
+def test_memory_is_what_the_kernel_can_free(tree):
+    write(tree, "proc/meminfo", "MemTotal:  8000 kB\nMemFree: 100 kB\nMemAvailable:   6000 kB\n")
+    assert machine.available_memory(tree) == 6000 * 1024
+
+
+def test_memory_of_a_system_that_does_not_say(tmp_path):
+    assert machine.available_memory(tmp_path) is None
+
+
+def test_memory_within_a_control_group_and_its_parents(tree):
+    write(tree, "proc/meminfo", f"MemAvailable: {8000 * 1024} kB\n")
+    write(tree, "proc/self/cgroup", "0::/a.slice/b.scope\n")
+    write(tree, "sys/fs/cgroup/a.slice/memory.max", f"{1000 * MIB}\n")
+    write(tree, "sys/fs/cgroup/a.slice/memory.current", f"{700 * MIB}\n")
+    write(tree, "sys/fs/cgroup/a.slice/memory.stat", f"anon 5\ninactive_file {200 * MIB}\n")
+    write(tree, "sys/fs/cgroup/a.slice/b.scope/memory.max", "max\n")
+    write(tree, "sys/fs/cgroup/a.slice/b.scope/memory.current", f"{700 * MIB}\n")
+    assert machine.available_memory(tree) == 500 * MIB
+
+
+def test_memory_of_cgroup_1(tree):
+    write(tree, "proc/meminfo", f"MemAvailable: {8000 * 1024} kB\n")
+    write(tree, "proc/self/cgroup", "4:memory:/box\n")
+    write(tree, "sys/fs/cgroup/memory/box/memory.limit_in_bytes", f"{900 * MIB}\n")
+    write(tree, "sys/fs/cgroup/memory/box/memory.usage_in_bytes", f"{300 * MIB}\n")
+    write(tree, "sys/fs/cgroup/memory/box/memory.stat", f"total_inactive_file {50 * MIB}\n")
+    assert machine.available_memory(tree) == 650 * MIB
