@@ -21,8 +21,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # `import openvino` sends an event over the network unless this package is missing.
 sys.modules.setdefault("openvino_telemetry", None)
 
-# pytest (since 9.1) puts its log capture on loggers that do not propagate too. torch's trace log then
-# finds a handler, and writes every step of every trace down: a traced test takes twice as long.
+# pytest (since 9.1) puts its log capture on loggers that do not propagate too. torch's trace log
+# then finds a handler and writes every step of a trace into it: pages under each failing export.
 logging.getLogger("torch.__trace").addHandler = lambda handler: None
 
 ROOT = Path(__file__).parents[1]

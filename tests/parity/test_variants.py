@@ -18,7 +18,7 @@ from sdengine.engine.spec import Profile
 from sdengine.engine.weights import read_tensors
 from sdengine.export.checkpoint import open_checkpoint
 
-pytestmark = [pytest.mark.export, pytest.mark.ov, pytest.mark.ort]
+pytestmark = [pytest.mark.export, pytest.mark.ov, pytest.mark.ort, pytest.mark.slow]
 
 NETWORKS = {"text_encoder", "unet", "vae_encoder", "vae_decoder"}
 COMPANION = {
