@@ -47,15 +47,8 @@ REFERENCE = Preset("f32", 50, "dpmpp_2m")
 NEARBY = 0.7  # of the first round's settings: one knob away from the front
 NEAR_DB = 1.0  # how far below the front a setting of the first round may lie
 STEPS = (6, 8, 10, 12, 14, 16, 18, 20, 25)
-CACHES: tuple[int | str, ...] = (
-    1,
-    2,
-    3,
-    4,
-    5,
-    "early",
-    "middle",
-)  # an interval, or where the deep rows are densest
+# An interval, or where the deep rows are densest.
+CACHES: tuple[int | str, ...] = (1, 2, 3, 4, 5, "early", "middle")
 INTERVALS = (None, (0.2, 20.0), (0.5, 20.0), (0.0, 6.0), (0.2, 6.0))
 CENTRES = {"early": 0.2, "middle": 0.5}
 
