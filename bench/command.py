@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import json
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from .results import Results
 
 INTERRUPTED = 130  # as a shell reports a process that SIGINT ended
+TERMINATED = 143  # and SIGTERM
 FAILED_GATE = 1
 
 app = typer.Typer(
@@ -55,7 +58,8 @@ def careful(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
-            command(*args, **kwargs)
+            with ended_cleanly():
+                command(*args, **kwargs)
         except SdengineError as error:
             say(f"error: {error.message}\n\nhint: {error.hint}")
             raise typer.Exit(error.exit_code) from None
@@ -64,6 +68,21 @@ def careful(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(INTERRUPTED) from None
 
     return run
+
+
+@contextmanager
+def ended_cleanly() -> Iterator[None]:
+    """SIGTERM unwinds as Ctrl-C does: workers end, and gigabytes of compiled networks in the
+    temporary folder go."""
+
+    def unwind(*_: object) -> None:
+        raise SystemExit(TERMINATED)
+
+    before = signal.signal(signal.SIGTERM, unwind)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @app.callback(invoke_without_command=True)

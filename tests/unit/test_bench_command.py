@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -229,3 +234,47 @@ def test_the_embedded_model(monkeypatch, tmp_path):
     assert start["import_s"] < start["to_first_step_s"] < start["to_first_picture_s"]
     assert row["memory"]["loaded_bytes"] < row["memory"]["peak_bytes"]
     assert found["model"]["native_size"] == [128, 128]
+
+
+def commands() -> list[bytes]:
+    """The command lines of all processes; one that ends meanwhile has none."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            found.append(path.read_bytes())
+    return found
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"]
+)
+def test_a_run_that_is_ended_in_the_middle_of_a_row(tmp_path, sent, status):
+    """While a worker never answers: the file is valid, the worker is gone, nothing is left."""
+    script, scratch = tmp_path / "run.py", tmp_path / "scratch"
+    scratch.mkdir()
+    script.write_text(
+        "import functools, signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from sdengine.bench import suite\n"
+        "from sdengine.bench.command import app\n"
+        f"worker = {(*FAKE, 'hang', str(tmp_path))!r}\n"
+        "suite.bench = functools.partial(suite.bench, command=worker)\n"
+        "app(args=sys.argv[1:], prog_name='bench')\n"
+    )
+    command = [sys.executable, str(script), "--backends", "a", "--out", "r.json"]
+    env = {**os.environ, "TMPDIR": str(scratch)}
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True
+    ) as process:
+        for line in process.stderr:
+            if "done; now" in line:
+                break
+        time.sleep(0.5)
+        assert any(bytes(tmp_path) in c and b"hang" in c for c in commands())
+        process.send_signal(sent)
+        said = process.stderr.read()
+    assert process.returncode == status, said
+    found = results.load(tmp_path / "r.json")
+    assert (found.rows, found.complete) == ([], False)
+    assert not any(bytes(tmp_path) in c for c in commands())
+    assert list(scratch.iterdir()) == []
