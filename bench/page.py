@@ -29,8 +29,8 @@ def page(results: Results, title: str = "sdengine bench") -> str:
     body = [f"<h1>{escape(title)}</h1>", *table, *_paragraphs(results)]
     body += [f"<figure><figcaption>{escape(t)}</figcaption>{svg}</figure>" for t, svg in plots(ran)]
     if results.ratios:
-        head, _, *lines = report.ratio_table(results.ratios)
-        body.append(_html_table([_cells(line) for line in (head, *lines)]))
+        cells = [report.ratio_cells(pair) for pair in results.ratios]
+        body.append(_html_table([report.RATIO_COLUMNS, *cells]))
         body.append(_ratios([pair for pair in results.ratios if pair["ok"]]))
     head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
     inside = f"<head>{head}</head><body>{''.join(body)}</body>"
@@ -66,10 +66,6 @@ def _paragraphs(results: Results) -> Iterator[str]:
     for line in report.markdown(results).splitlines():
         if line and not line.startswith("|"):
             yield f"<p>{escape(line)}</p>"
-
-
-def _cells(line: str) -> list[str]:
-    return [cell.strip() for cell in line.strip("|").split("|")]
 
 
 def _bars(rows: Sequence[Row], metric: str) -> str:

@@ -161,21 +161,51 @@ def _rest(results: Results) -> Iterator[str]:
         yield f"\nNote: {note}"
 
 
+RATIO_COLUMNS = (
+    "peer",
+    "ours",
+    "peer's picture",
+    "our picture",
+    "peer / ours (95 %)",
+    "peak memory, peer and ours",
+    "PSNR to our float32, peer and ours",
+)
+
+
 def ratio_table(ratios: list[dict[str, Any]]) -> Iterator[str]:
-    """Interleaved runs: how many times as long the peer takes as we do."""
-    yield "| peer | ours | peer's picture | our picture | peer / ours (95 %) | peak memory |"
-    yield "|---|---|---|---|---|---|"
+    """Interleaved runs: how many times as long the peer takes as we do; settings underneath."""
+    yield "| " + " | ".join(RATIO_COLUMNS) + " |"
+    yield "|" + "---|" * len(RATIO_COLUMNS)
     for pair in ratios:
-        if not pair["ok"]:
-            failure = pair["failure"]
-            yield f"| {pair['peer']} | {pair['ours']} | failed: {failure['error']} | | | |"
-            continue
-        r = pair["ratio"]
-        peaks = [pair["peak_bytes"][who] for who in ("peer", "ours")]
-        memory = ", ".join("?" if peak is None else size(peak) for peak in peaks)
-        times = [spread(pair["seconds"][who]) for who in ("peer", "ours")]
-        figure = f"{r['median']:.2f} ({r['low']:.2f} to {r['high']:.2f})"
-        yield f"| {pair['peer']} | {pair['ours']} | {times[0]} | {times[1]} | {figure} | {memory} |"
+        yield "| " + " | ".join(ratio_cells(pair)) + " |"
+    settings = {pair["peer"]: pair["settings"] for pair in ratios}
+    settings |= {pair["ours"]: pair["our_settings"] for pair in ratios}
+    yield ""
+    yield from (f"- {name}: {text}" for name, text in settings.items())
+
+
+def ratio_cells(pair: Mapping[str, Any]) -> list[str]:
+    """One pair as text, in the order of RATIO_COLUMNS."""
+    if not pair["ok"]:
+        reason = f"failed: {pair['failure']['error']}"
+        return [pair["peer"], pair["ours"], reason, *[""] * (len(RATIO_COLUMNS) - 3)]
+    ratio, both = pair["ratio"], ("peer", "ours")
+    peaks = [pair["peak_bytes"][who] for who in both]
+    return [
+        pair["peer"],
+        pair["ours"],
+        *(spread(pair["seconds"][who]) for who in both),
+        f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})",
+        ", ".join("?" if peak is None else size(peak) for peak in peaks),
+        ", ".join(_one_quality(pair["quality"][who]) for who in both),
+    ]
+
+
+def _one_quality(found: Mapping[str, Any] | None) -> str:
+    """Of one picture: `33.2 dB`, `equal`, or `?` where it could not be compared."""
+    if found is None:
+        return "?"
+    return "equal" if found["psnr_db"] is None else f"{found['psnr_db']:.1f} dB"
 
 
 def as_csv(results: Results) -> str:

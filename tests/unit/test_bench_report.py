@@ -155,17 +155,26 @@ def pair(**others):
     return {"peer": "genai", "ours": "sdengine exact", "ok": True,
             "seconds": {"peer": summary, "ours": stats.summary([1.0, 1.1])},
             "ratio": {"median": 1.95, "low": 1.9, "high": 2.0},
+            "settings": "its default", "our_settings": "bfloat16",
+            "quality": {"peer": {"psnr_db": 21.04}, "ours": {"psnr_db": None}},
             "peak_bytes": {"peer": 5_600_000_000, "ours": None}, **others}  # fmt: skip
 
 
 def test_ratios_stand_in_the_table_and_on_the_page(run):
     failure = {"stage": "load", "error": "no compiler", "hint": ""}
-    broken = {"peer": "sdcpp", "ours": "sdengine exact", "ok": False, "failure": failure}
+    broken = pair(peer="sdcpp", ok=False, failure=failure, settings="eight bits")
     run.ratios = [pair(), broken]
     text = report.markdown(run)
-    assert "| 1.95 (1.90 to 2.00) | 5.6 GB, ? |" in text
+    assert "| 1.95 (1.90 to 2.00) | 5.6 GB, ? | 21.0 dB, equal |" in text
     assert "| sdcpp | sdengine exact | failed: no compiler |" in text
-    assert "Times as long as ours" in page(run)
+    assert [line for line in text.splitlines() if line.startswith("- ")][-3:] == [
+        "- genai: its default", "- sdcpp: eight bits", "- sdengine exact: bfloat16"]  # fmt: skip
+    for word in ("Times as long as ours", "21.0 dB, equal", "failed: no compiler", "eight bits"):
+        assert word in page(run)
+    run.ratios = [broken]
+    assert "failed: no compiler" in page(run)
+    run.ratios = [pair(quality={"peer": None, "ours": None})]
+    assert "| ?, ? |" in report.markdown(run)
 
 
 # --- comparing ---------------------------------------------------------------------------------
