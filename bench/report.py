@@ -41,7 +41,11 @@ def _table(results: Results) -> Iterator[str]:
     yield "| " + " | ".join(COLUMNS) + " |"
     yield "|" + "---|" * len(COLUMNS)
     for row in results.rows:
-        yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells(row)) + " |"
+        yield "| " + " | ".join(map(_cell, cells(row))) + " |"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
 
 
 def cells(row: Row) -> list[str]:
@@ -148,7 +152,26 @@ def best_rates(results: Results) -> list[Mapping[str, Any]]:
     return [best[key] for key in sorted(best)]
 
 
+def _networks(results: Results) -> Iterator[str]:
+    """Each network of each row: its share of the machine's rate says what is left to win."""
+    yield "| row | network | shape | calls a picture | a call | GFLOP | GFLOP/s | of the rate |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for row in results.rows:
+        for part in row["components"] if row["ok"] else ():
+            shape = " ".join(f"{name}{n}" for name, n in part["dims"].items())
+            figures = ["", "", ""]
+            if "flop" in part:
+                figures[:2] = [f"{part['flop'] / 1e9:.4g}", f"{part['flops'] / 1e9:.3g}"]
+            if "share" in part:
+                figures[2] = f"{part['share']:.0%}"
+            what = part["component"] if part["what"] == "run" else f"{part['component']}, once"
+            cells = [_cell(row["name"]), what, shape, f"{part['calls']:g}", spread(part["seconds"])]
+            yield "| " + " | ".join([*cells, *figures]) + " |"
+
+
 def _rest(results: Results) -> Iterator[str]:
+    if any(row["ok"] for row in results.rows):
+        yield from ("", *_networks(results))
     failed = [row for row in results.rows if not row["ok"]]
     if failed:
         yield from ("", "Failed:", "")

@@ -38,7 +38,7 @@ class Diffusers:
         pipe.unet.to(memory_format=torch.channels_last)
         pipe.vae.to(memory_format=torch.channels_last)
         if options.get("compiled"):
-            pipe.unet = torch.compile(pipe.unet)
+            pipe.unet.compile()
             pipe.vae.decode = torch.compile(pipe.vae.decode)
         self.pipe, self.torch, self.diffusers = pipe, torch, diffusers
         versions = {"torch": torch.__version__, "diffusers": diffusers.__version__}
