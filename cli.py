@@ -440,6 +440,14 @@ def export(
     ] = None,
     name: Annotated[str | None, typer.Option(help="What to call the model.")] = None,
     licence: Annotated[str | None, typer.Option(help="Of the weights.")] = None,
+    cuts: Annotated[
+        str | None,
+        typer.Option(help="Where the UNet is cut for a feature cache: 0,1,2, or none."),
+    ] = None,
+    embedding_stats: Annotated[
+        Path | None,
+        typer.Option(help="Mean and deviation of the image embeddings, for unCLIP-L."),
+    ] = None,
     ema: Annotated[bool | None, typer.Option("--ema/--no-ema", help="Which weights.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace what is at --out.")] = False,
     as_json: Json = False,
@@ -457,8 +465,10 @@ def export(
     from .export import export_bundle, open_checkpoint
 
     precisions = None if precision is None else precision.split(",")
-    how = _given(prediction=prediction, config=config, ema=ema)
-    what = _given(targets=target, precisions=precisions, name=name, licence=licence)
+    how = _given(prediction=prediction, config=config, ema=ema, embedding_stats=embedding_stats)
+    what = _given(
+        targets=target, precisions=precisions, name=name, licence=licence, cuts=_cuts(cuts)
+    )
     with _progress(quiet) as report:
         found = open_checkpoint(
             checkpoint, **how, progress=lambda done, total: report("reading", done, total)
@@ -532,6 +542,14 @@ def _named(what: str) -> Path:
 def _given(**options: Any) -> dict[str, Any]:
     """Options that the user gave; for the others the called function's own defaults hold."""
     return {name: value for name, value in options.items() if value is not None}
+
+
+def _cuts(text: str | None) -> tuple[int, ...] | None:
+    if text is None or text == "none":
+        return None if text is None else ()
+    numbers = _numbers("cuts", text)
+    assert numbers is not None
+    return tuple(int(n) for n in numbers)
 
 
 def _numbers(name: str, text: str | None) -> tuple[float, ...] | None:

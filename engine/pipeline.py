@@ -28,6 +28,7 @@ from .table import Table
 from .tasks import Streams, Task
 from .tasks.work import Statistics
 from .tokenizer import Tokenizer
+from .weights import read_tensors
 
 OnStep = Callable[[Progress], None]
 OnState = Callable[[Saved], None]
@@ -87,7 +88,7 @@ class Pipeline:
         self._unet = bundle.component("unet")
         classifier = bundle.components.get(safety.COMPONENT)
         self._classifier = None if classifier is None else classifier.config
-        self._statistics: Statistics = (None, None)
+        self._statistics = _statistics(bundle)
 
     def __enter__(self) -> Pipeline:
         return self
@@ -223,6 +224,17 @@ class Pipeline:
         parts = np.split(hidden, len(plans))
         texts = [textplan.weigh(h, p.weights) for h, p in zip(parts, plans, strict=True)]
         return (None if len(texts) == 1 else texts[0]), texts[-1]
+
+
+def _statistics(bundle: Bundle) -> Statistics:
+    """Mean and deviation of the image embeddings, where the bundle has them."""
+    conditioning = bundle.facts.image_conditioning
+    if conditioning is None or not conditioning.statistics:
+        return None, None
+    names = ("noise_augmentor.data_mean", "noise_augmentor.data_std")
+    found = read_tensors(bundle.component("image_encoder").weights, names)
+    mean, std = (found[name] for name in names)
+    return mean, std
 
 
 def _request(request: Request | None, fields: dict[str, Any]) -> Request:

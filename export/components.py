@@ -5,7 +5,7 @@ checked by  tests/unit/test_export_components.py
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..engine.bundle import STATISTICS, ModelFacts
+from ..engine.errors import ExportError
 from ..engine.spec import ComponentSpec, TensorSpec, features_name
 from .modules.depth import MULTIPLE, DepthConfig, DepthNetwork
 from .modules.depth import PREFIX as DEPTH
@@ -26,6 +27,9 @@ from .modules.vae import PREFIX as VAE
 from .modules.vae import VAEConfig, VAEDecoder, VAEEncoder
 
 Configs = Mapping[str, Mapping[str, Any]]
+
+
+CUTS = (0,)  # each one more is a graph more to judge, and to compile
 
 
 @dataclass(frozen=True)
@@ -66,9 +70,13 @@ class Part:
         return [*(self.prefix + name for name in self.empty().state_dict()), *self.beside]
 
 
-def parts(facts: ModelFacts, configs: Configs) -> tuple[Part, ...]:
+def parts(facts: ModelFacts, configs: Configs, cuts: Sequence[int] = CUTS) -> tuple[Part, ...]:
     """The networks of a model, in the order of the data: text, UNet, encoder, decoder, and the
-    depth network or the image tower where `configs` has one."""
+    depth network or the image tower where `configs` has one.
+
+    cuts        skips of the first level at which the UNet is cut for a feature cache
+    raises      ExportError for a cut that the UNet does not have
+    """
     text = TextConfig.from_ldm(configs["text"])
     unet = UNetConfig.from_ldm(configs["unet"])
     vae = VAEConfig.from_ldm(configs["vae"])
@@ -103,7 +111,7 @@ def parts(facts: ModelFacts, configs: Configs) -> tuple[Part, ...]:
             lambda: UNet(unet),
             {"h": facts.latent.multiple, "w": facts.latent.multiple},
             hoisted=("encoder_hidden_states",),
-            features=_features(unet),
+            features=_features(unet, cuts),
             native={"B": 1, "T": text.context_length, "h": height, "w": width},
         ),
         Part(
@@ -165,15 +173,20 @@ def _floats(name: str, *shape: int | str) -> TensorSpec:
     return TensorSpec(name, "float32", shape)
 
 
-def _features(unet: UNetConfig) -> tuple[TensorSpec, ...]:
-    """One for each skip of the first level: deeper ones would spare a step next to nothing.
+def _features(unet: UNetConfig, cuts: Sequence[int]) -> tuple[TensorSpec, ...]:
+    """Of skips of the first level: deeper ones would spare a step next to nothing.
 
     What meets the innermost of them comes up from the second level, and is as wide as that.
     """
     last = unet.num_res_blocks
     level = [0] * last + [min(1, len(unet.channel_mult) - 1)]
     widths = [unet.model_channels * unet.channel_mult[i] for i in level]
-    return tuple(_floats(features_name(k), "B", c, "h", "w") for k, c in enumerate(widths))
+    if odd := [k for k in cuts if not 0 <= k < len(widths)]:
+        raise ExportError(
+            f"this UNet has no skip {odd[0]} in its first level to be cut at",
+            hint=f"give cuts of 0 to {len(widths) - 1}; 0 is the cheapest to run",
+        )
+    return tuple(_floats(features_name(k), "B", widths[k], "h", "w") for k in sorted(set(cuts)))
 
 
 def _labels(unet: UNetConfig) -> tuple[TensorSpec, ...]:

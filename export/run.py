@@ -22,7 +22,7 @@ from ..engine.spec import PRECISIONS, Component, Precision
 from ..engine.tokenizer import Tokenizer
 from . import write
 from .checkpoint import Checkpoint, open_checkpoint
-from .components import Part, parts
+from .components import CUTS, Part, parts
 from .graphs import WEIGHTS, Place, build_graphs
 from .parity import GATES, Gate, judge
 from .record import NATIVE, PROMPTS, Case, Recording, record
@@ -51,6 +51,7 @@ def export_bundle(
     licence: str | None = None,
     name: str | None = None,
     gates: Mapping[Precision, Gate] | None = None,
+    cuts: Sequence[int] = CUTS,
     force: bool = False,
     progress: Report | None = None,
 ) -> Path:
@@ -59,6 +60,7 @@ def export_bundle(
     targets     engines that the bundle is made ready for; each is judged in float32 and in
                 those of `precisions` that it and this machine have
     gates       what parity must reach; GATES where a precision is absent
+    cuts        where the UNet is cut for a feature cache; none at all makes a smaller bundle
     force       replace a bundle of another checkpoint
     progress    called with what is being done, and the share that is done, 0..1
     raises      UnknownName, CheckpointError, TraceError, ParityFailure, StorageError, BackendError
@@ -80,7 +82,7 @@ def export_bundle(
                 return add_target(out, [r.name for r in missing], precisions, gates, report)
             log.info("%s was made from the same checkpoint: it stays as it is", out)
             return out
-    described = parts(facts, checkpoint.configs)
+    described = parts(facts, checkpoint.configs, cuts)
     wanted = {p.name: [checkpoint.tensors[n] for n in p.tensor_names()] for p in described}
     needed = sum(nbytes(refs) for refs in wanted.values())
     with write.partial_folder(out, needed) as folder:
@@ -127,6 +129,12 @@ def export_bundle(
     return out
 
 
+def _cuts(bundle: Bundle) -> list[int]:
+    """Of the shallow graphs that it has."""
+    names = bundle.components["unet"].graphs
+    return [int(name.removeprefix("shallow")) for name in names if name.startswith("shallow")]
+
+
 def add_target(
     path: Path,
     targets: Sequence[str],
@@ -145,7 +153,7 @@ def add_target(
     report: Report = progress if progress is not None else (lambda text, share: None)
     path = path.absolute()
     bundle = open_bundle(path)
-    described = parts(bundle.facts, open_checkpoint(path).configs)
+    described = parts(bundle.facts, open_checkpoint(path).configs, _cuts(bundle))
     judging = _Judging(path, bundle.facts, recipes, precisions, {**GATES, **(gates or {})})
     weights = {n: c.weights for n, c in bundle.components.items()}
     judging.record(described, weights, bundle.tokenizer_file, _within(report, 0.0, 0.5))

@@ -122,7 +122,7 @@ def tiny_bundle(make_checkpoint, tmp_path_factory) -> Path:
     from sdengine.export.checkpoint import open_checkpoint
 
     out = tmp_path_factory.mktemp("bundles") / "tiny"
-    return export_bundle(open_checkpoint(make_checkpoint("base")), out)
+    return export_bundle(open_checkpoint(make_checkpoint("base")), out, cuts=())
 
 
 @pytest.fixture(scope="session")
@@ -157,7 +157,7 @@ def variant_bundle(make_checkpoint, embedding_stats, tmp_path_factory):
         config = folder / f"{variant}.yaml"
         config.write_text(json.dumps(facts))
         checkpoint = open_checkpoint(path, config=config, embedding_stats=stats)
-        return export_bundle(checkpoint, folder / variant, precisions=("f32",))
+        return export_bundle(checkpoint, folder / variant, precisions=("f32",), cuts=())
 
     return make
 

@@ -108,7 +108,7 @@ def exported(mini, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(graphs, "trace", spy)
-        bundle = export_bundle(mini, tmp_path_factory.mktemp("bundles") / "mini")
+        bundle = export_bundle(mini, tmp_path_factory.mktemp("bundles") / "mini", cuts=(0, 1))
     return bundle, models
 
 
@@ -129,4 +129,4 @@ def mini_parts(mini):
     """component name -> Part"""
     from sdengine.export.components import parts
 
-    return {p.name: p for p in parts(mini.facts, mini.configs)}
+    return {p.name: p for p in parts(mini.facts, mini.configs, (0, 1))}
