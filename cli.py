@@ -503,6 +503,22 @@ def inspect(
         typer.echo("\n".join(bundle_lines(bundle, verified=verify)))
 
 
+@app.command(
+    cls=Careful,
+    add_help_option=False,
+    context_settings={
+        "ignore_unknown_options": True,
+        "allow_extra_args": True,
+        "allow_interspersed_args": False,
+    },
+)
+def bench(ctx: typer.Context) -> None:
+    """Measure speed, memory and quality here; compare results (`sdengine bench --help`)."""
+    from .bench.command import app as measuring
+
+    measuring(args=ctx.args, prog_name="sdengine bench")
+
+
 @app.command(cls=Careful)
 def doctor(as_json: Json = False) -> None:
     """What this machine can run; for the rest: why not, and the command that mends it."""

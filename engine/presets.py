@@ -154,12 +154,13 @@ def check_start(table: Table, first: int) -> None:
 
 
 def costs_of(unet: Component) -> dict[str, float]:
-    """What each graph costs, the full one being 1, by the multiply-adds that the bundle states."""
+    """What each graph costs, the full one being 1, by the multiply-adds that the bundle states; 1
+    where it states none."""
     counted = {name: graph.macs for name, graph in unet.graphs.items()}
     full = counted["full"]
-    if full is None:
-        return {"full": 1.0}
-    return {name: macs / full for name, macs in counted.items() if macs is not None}
+    return {
+        name: 1.0 if macs is None or full is None else macs / full for name, macs in counted.items()
+    }
 
 
 def cost(table: Table, costs: Mapping[str, float]) -> float:

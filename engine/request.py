@@ -253,8 +253,10 @@ class Request:
                 height=height if self.height is None else self.height,
             )
         assert whole.sampler is not None
+        solver = solvers.find(whole.sampler)
         return replace(
             whole,
+            eta=solver.default_eta if whole.eta is None else whole.eta,
             schedule=self._schedule_of(whole),
             steps=self._steps_of(whole),
             noise="torch" if whole.noise is None else whole.noise,
