@@ -75,6 +75,7 @@ class GraphBackend(ABC):
         raises  BackendUnavailable, FeedMismatch (a bad dimension), CorruptPart, BackendError
         """
         self._check(component.spec, profile)
+        component = component.at(profile.precision)
         network = Network(self, component, profile, self._graphs(component), {})
         steps = [name for name in network.graphs if name != "prologue"]
         try:

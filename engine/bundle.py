@@ -8,7 +8,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -268,6 +268,15 @@ class _Component:
     graphs: Mapping[str, _Graph]
     weights: str
     config: Mapping[str, Any]
+    quantised: Mapping[Precision, _Quantised] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Quantised:
+    graphs: Mapping[str, _Graph]
+    weights: str
+    source: str
+    recipe: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -410,21 +419,37 @@ _MODEL = fields.record(
     },
 )
 
+_GRAPHS = fields.mapping(
+    _GRAPH_NAME,
+    fields.record(
+        _Graph,
+        {"file": fields.path, "inputs": _tensors(1), "outputs": _tensors(1)},
+        optional={"macs": fields.integer(1)},
+    ),
+)
+
 _COMPONENT = fields.record(
     _Component,
     {
         "inputs": _tensors(1),
         "outputs": _tensors(1),
-        "graphs": fields.mapping(
-            _GRAPH_NAME,
-            fields.record(
-                _Graph,
-                {"file": fields.path, "inputs": _tensors(1), "outputs": _tensors(1)},
-                optional={"macs": fields.integer(1)},
-            ),
-        ),
+        "graphs": _GRAPHS,
         "weights": fields.path,
         "config": _json_object,
+    },
+    optional={
+        "quantised": fields.mapping(
+            fields.one_of("int8"),
+            fields.record(
+                _Quantised,
+                {
+                    "graphs": _GRAPHS,
+                    "weights": fields.path,
+                    "source": _SHA256,
+                    "recipe": _json_object,
+                },
+            ),
+        )
     },
 )
 
@@ -538,6 +563,9 @@ def _check_facts(parts: _Manifest) -> None:
     if model.preview is not None and len(model.preview.matrix) != model.latent.channels:
         rows = len(model.preview.matrix)
         fields.refuse("model.preview.matrix", f"{model.latent.channels} rows", rows)
+    for name, part in parts.components.items():
+        for precision, twin in part.quantised.items():
+            _check_twin(f"components.{name}.quantised.{precision}", parts, part, twin)
     for i, record in enumerate(parts.parity):
         component = parts.components.get(record.component)
         if component is None or record.graph not in component.graphs:
@@ -565,6 +593,22 @@ def _check_image_conditioning(parts: _Manifest) -> None:
             fields.refuse(f"model.image_conditioning.{name}", shown, list(found))
 
 
+def _check_twin(where: str, parts: _Manifest, part: _Component, twin: _Quantised) -> None:
+    """A quantised network takes and gives what the one does whose weights it was made from."""
+    if twin.source != (source := parts.files[part.weights].sha256):
+        fields.refuse(f"{where}.source", f"the SHA-256 of {part.weights}, {source}", twin.source)
+    if sorted(twin.graphs) != sorted(part.graphs):
+        fields.refuse(f"{where}.graphs", f"{', '.join(part.graphs)}", list(twin.graphs))
+    for name, graph in twin.graphs.items():
+        own = part.graphs[name]
+        for what, found, expected in (
+            ("inputs", graph.inputs, own.inputs),
+            ("outputs", graph.outputs, own.outputs),
+        ):
+            found_by, expected_by = ({t.name: t for t in ts} for ts in (found, expected))
+            _check_equal(f"{where}.graphs.{name}.{what}", found_by, expected_by)
+
+
 def _uses(parts: _Manifest) -> Iterator[tuple[str, str]]:
     """(path, the field that names it)"""
     yield parts.model.tokenizer.file, "model.tokenizer.file"
@@ -572,6 +616,11 @@ def _uses(parts: _Manifest) -> Iterator[tuple[str, str]]:
         yield component.weights, f"components.{name}.weights"
         for graph, record in component.graphs.items():
             yield record.file, f"components.{name}.graphs.{graph}.file"
+        for precision, twin in component.quantised.items():
+            where = f"components.{name}.quantised.{precision}"
+            yield twin.weights, f"{where}.weights"
+            for graph, record in twin.graphs.items():
+                yield record.file, f"{where}.graphs.{graph}.file"
     for name, target in parts.targets.items():
         for i, file in enumerate(target.files):
             yield file, f"targets.{name}.files[{i}]"
@@ -701,12 +750,13 @@ def _check_files(parts: _Manifest, files: Mapping[str, Path], verify: bool) -> N
                 f"{files[name]} has {size} bytes; the manifest says {record.size}",
                 hint="the copy was cut short or changed: copy the bundle again, or export again",
             )
-    for component in parts.components.values():
-        read_header(files[component.weights])
+    networks = [n for c in parts.components.values() for n in (c, *c.quantised.values())]
+    for network in networks:
+        read_header(files[network.weights])
     conditioning = parts.model.image_conditioning
     if conditioning is not None and conditioning.statistics:
         _check_statistics(files[parts.components["image_encoder"].weights], conditioning.embedding)
-    graphs = {g.file for c in parts.components.values() for g in c.graphs.values()}
+    graphs = {g.file for n in networks for g in n.graphs.values()}
     for name, record in parts.files.items():
         file = files[name]
         digest = sha256_of(file) if name in graphs else remembered_sha256(file, again=verify)
@@ -765,6 +815,21 @@ def _component(
     name: str, part: _Component, records: Mapping[str, FileRecord], files: Mapping[str, Path]
 ) -> Component:
     spec = ComponentSpec(name, part.inputs, part.outputs)
+    own = _network(spec, part, part.config, records, files)
+    quantised = {
+        precision: _network(spec, twin, part.config, records, files)
+        for precision, twin in part.quantised.items()
+    }
+    return replace(own, quantised=MappingProxyType(quantised))
+
+
+def _network(
+    spec: ComponentSpec,
+    part: _Component | _Quantised,
+    config: Mapping[str, Any],
+    records: Mapping[str, FileRecord],
+    files: Mapping[str, Path],
+) -> Component:
     graphs = {
         n: Graph(n, files[g.file], records[g.file].sha256, g.inputs, g.outputs, g.macs)
         for n, g in part.graphs.items()
@@ -783,7 +848,7 @@ def _component(
         graphs=MappingProxyType(graphs),
         weights=files[part.weights],
         weights_sha256=weights_sha256,
-        config=part.config,
+        config=config,
         key=key,
     )
 

@@ -83,6 +83,7 @@ class Component:
     config       the network's constructor arguments (for the torch backends)
     weights      one safetensors file, canonical LDM names and layouts
     key          content hash over weights and graphs: the cache key of compiled artefacts
+    quantised    precision -> the same network with graphs and weights of its own
     """
 
     spec: ComponentSpec
@@ -91,6 +92,11 @@ class Component:
     weights_sha256: str
     config: Mapping[str, Any]
     key: str
+    quantised: Mapping[Precision, Component] = field(default_factory=dict)
+
+    def at(self, precision: Precision) -> Component:
+        """What is loaded for this precision: its own graphs and weights, where there are such."""
+        return self.quantised.get(precision, self)
 
 
 def features_name(cut: int) -> str:

@@ -96,6 +96,7 @@ def judge(
     keep        writes what is needed to repeat a failure, and returns where
     raises      ParityFailure at the first case that misses the gate; BackendError
     """
+    component = component.at(precision)
     records: list[ParityRecord] = []
     for graph in component.graphs:
         if graph == "prologue":

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,8 @@ from .checkpoint import Checkpoint, open_checkpoint
 from .components import CUTS, Part, parts
 from .graphs import WEIGHTS, Place, build_graphs
 from .parity import GATES, Gate, judge
+from .quantize import QUANTISED, quantise_all
+from .quantize import recipe as recipe_of
 from .record import NATIVE, PROMPTS, Case, Recording, record
 from .repro import keep_repro, link
 from .targets import Recipe
@@ -53,6 +56,7 @@ def export_bundle(
     gates: Mapping[Precision, Gate] | None = None,
     cuts: Sequence[int] = CUTS,
     force: bool = False,
+    prompts: Sequence[str] | None = None,
     progress: Report | None = None,
 ) -> Path:
     """Turn a checkpoint into a bundle at `out`; returns `out`.
@@ -62,6 +66,8 @@ def export_bundle(
     gates       what parity must reach; GATES where a precision is absent
     cuts        where the UNet is cut for a feature cache; none at all makes a smaller bundle
     force       replace a bundle of another checkpoint
+    prompts     what int8 is calibrated on; None: a built-in list. int8 is added to the finished
+                bundle: where its gate refuses it, the other precisions stay
     progress    called with what is being done, and the share that is done, 0..1
     raises      UnknownName, CheckpointError, TraceError, ParityFailure, StorageError, BackendError
     """
@@ -79,7 +85,8 @@ def export_bundle(
         if bundle is not None:
             missing = [r for r in recipes if not _has(bundle, r, precisions)]
             if missing:
-                return add_target(out, [r.name for r in missing], precisions, gates, report)
+                names = [r.name for r in missing]
+                return add_target(out, names, precisions, gates, report, prompts)
             log.info("%s was made from the same checkpoint: it stays as it is", out)
             return out
     described = parts(facts, checkpoint.configs, cuts)
@@ -94,7 +101,8 @@ def export_bundle(
             home = folder / part.name
             home.mkdir()
             places[part.name] = Place(home, write_weights(home / WEIGHTS, wanted[part.name]))
-        judging = _Judging(out, facts, recipes, precisions, {**GATES, **(gates or {})})
+        floats = [p for p in precisions if p not in QUANTISED]
+        judging = _Judging(out, facts, recipes, floats, {**GATES, **(gates or {})})
         judging.record(
             described,
             {n: p.weights for n, p in places.items()},
@@ -125,6 +133,8 @@ def export_bundle(
             {f"{n}/{WEIGHTS}": p.weights_sha256 for n, p in places.items()},
         )
         write.finish(folder, out, content)
+    if floats != list(precisions):
+        add_target(out, targets, [p for p in precisions if p in QUANTISED], gates, report, prompts)
     report("done", 1.0)
     return out
 
@@ -141,11 +151,13 @@ def add_target(
     precisions: Sequence[Precision] = ("bf16",),
     gates: Mapping[Precision, Gate] | None = None,
     progress: Report | None = None,
+    prompts: Sequence[str] | None = None,
 ) -> Path:
     """Make an existing bundle ready for further engines or precisions; returns `path`.
 
     The new bundle is a sibling whose files are links to the same content, and takes the old one's
     place by two renames: who reads the old one goes on reading it.
+    prompts     what int8 is calibrated on; None: a built-in list
     raises      UnknownName, BundleError, ParityFailure, StorageError, BackendError
     """
     recipes = [get_target(t) for t in targets]
@@ -154,19 +166,29 @@ def add_target(
     path = path.absolute()
     bundle = open_bundle(path)
     described = parts(bundle.facts, open_checkpoint(path).configs, _cuts(bundle))
-    judging = _Judging(path, bundle.facts, recipes, precisions, {**GATES, **(gates or {})})
+    quantises = any(p in r.precisions for r in recipes for p in precisions if p in QUANTISED)
+    proved = {n: t.precisions for n, t in bundle.targets.items()} if quantises else {}
+    judging = _Judging(path, bundle.facts, recipes, precisions, {**GATES, **(gates or {})}, proved)
     weights = {n: c.weights for n, c in bundle.components.items()}
-    judging.record(described, weights, bundle.tokenizer_file, _within(report, 0.0, 0.5))
-    for i, component in enumerate(bundle.components.values()):
-        report(f"parity of {component.spec.name}", 0.5 + 0.4 * i / len(bundle.components))
-        judging.targets(component)
-    with write.partial_folder(path, 0) as folder:
-        for name in bundle.files:
+    judging.record(described, weights, bundle.tokenizer_file, _within(report, 0.0, 0.4))
+    content = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    replaced = _twin_files(bundle) if quantises else set()
+    room = sum(w.stat().st_size for w in weights.values()) if quantises else 0
+    with write.partial_folder(path, room) as folder:
+        for name in set(bundle.files) - replaced:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             link(path / name, folder / name)
-        content = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        components = bundle.components
+        if quantises:
+            components = quantise_all(
+                bundle, folder, prompts, judging.cases, _within(report, 0.4, 0.8)
+            )
+            _describe_twins(content, folder, components, replaced)
+        for i, component in enumerate(components.values()):
+            report(f"parity of {component.spec.name}", 0.8 + 0.15 * i / len(components))
+            judging.targets(component)
         for recipe in recipes:
-            made = recipe.build(folder, bundle.components)
+            made = recipe.build(folder, components)
             old = content["targets"].get(recipe.name, {"precisions": [], "files": []})
             new = judging.precisions(recipe)
             content["targets"][recipe.name] = {
@@ -180,6 +202,34 @@ def add_target(
     return path
 
 
+def _twin_files(bundle: Bundle) -> set[str]:
+    """Files of quantised networks, as the manifest spells them: they are written anew."""
+    twins = [t for c in bundle.components.values() for t in c.quantised.values()]
+    files = [f for t in twins for f in (t.weights, *(g.path for g in t.graphs.values()))]
+    return {f.relative_to(bundle.path).as_posix() for f in files}
+
+
+def _describe_twins(
+    content: dict[str, Any], folder: Path, components: Mapping[str, Component], replaced: set[str]
+) -> None:
+    """Put the quantised networks of `components`, written to `folder`, into the manifest."""
+    content["files"] = {n: f for n, f in content["files"].items() if n not in replaced}
+    for name, component in components.items():
+        entry = content["components"][name]
+        entry["quantised"] = {}
+        for precision, twin in component.quantised.items():
+            described = _described(folder, twin)
+            entry["quantised"][precision] = {
+                "graphs": described["graphs"],
+                "weights": described["weights"],
+                "source": component.weights_sha256,
+                "recipe": recipe_of(twin),
+            }
+            files = [twin.weights, *(g.path for g in twin.graphs.values())]
+            hashes = {described["weights"]: twin.weights_sha256}
+            content["files"] |= write.listed(folder, files, hashes)
+
+
 class _Judging:
     """The recorded cases, the gates, and what was found with them so far."""
 
@@ -190,11 +240,14 @@ class _Judging:
         recipes: Sequence[Recipe],
         precisions: Sequence[Precision],
         gates: Mapping[Precision, Gate],
+        proved: Mapping[str, Sequence[Precision]] = MappingProxyType({}),
     ) -> None:
+        """proved: target -> the precisions that are not judged again"""
         self.records: list[ParityRecord] = []
+        self._proved = proved
         self._facts, self._recipes, self._gates = facts, recipes, gates
         self._asked = precisions
-        self._cases: Recording = {}
+        self.cases: Recording = {}
         self._keep = partial(keep_repro, out)
         self._backends: dict[str, Backend] = {}
         for name in dict.fromkeys([PORTABLE, SECOND, *(r.name for r in recipes)]):
@@ -214,13 +267,13 @@ class _Judging:
     ) -> None:
         tokenizer = Tokenizer(vocabulary, self._facts.tokenizer)
         ids = np.array([tokenizer.encode(p).ids for p in PROMPTS], np.int64)
-        self._cases = record(described, weights, self._facts, ids, report)
+        self.cases = record(described, weights, self._facts, ids, report)
 
     def stage(self, component: Component, stage: str, *, report: Callable[[str], None]) -> None:
         """Judge a component: in the making with one case, finished with all of them."""
         name = component.spec.name
         report(f"parity of {name}" + (f", {stage}" if stage else ""))
-        cases = self._cases[name]
+        cases = self.cases[name]
         small = [c for c in cases if c.name != NATIVE]
         if stage:
             self._run(component, PORTABLE, "f32", [small[len(small) // 2]], stage)
@@ -236,10 +289,12 @@ class _Judging:
 
     def targets(self, component: Component) -> None:
         """Judge a finished component on every target in every precision that was asked for."""
-        cases = self._cases[component.spec.name]
+        cases = self.cases[component.spec.name]
         done = {(r.component, r.runtime, r.precision) for r in self.records if "(" not in r.case}
         for recipe in self._recipes:
             for precision in self.precisions(recipe):
+                if precision in self._proved.get(recipe.name, ()) and precision not in QUANTISED:
+                    continue
                 if (component.spec.name, recipe.name, precision) not in done:
                     self._run(component, recipe.name, precision, cases, "")
 

@@ -10,4 +10,4 @@ from ...backends.cache import Store
 from ...backends.openvino import OpenVINO
 from . import Recipe, nothing
 
-RECIPE = Recipe("openvino", ("f32", "bf16"), lambda: OpenVINO(Store(limit=0)), nothing)
+RECIPE = Recipe("openvino", ("f32", "bf16", "int8"), lambda: OpenVINO(Store(limit=0)), nothing)

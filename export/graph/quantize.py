@@ -1,0 +1,193 @@
+"""Eight-bit twins: a graph whose layers multiply int8 weights by activations rounded to 8 bits.
+
+A layer is a convolution or a product of an activation with a weight; an attention's two products
+have no weight. Around each chosen one stand QuantizeLinear and DequantizeLinear, which ONNX
+Runtime, OpenVINO and TensorRT all take for "compute this in int8". Weights are rounded one output
+channel at a time, symmetric; activations with one scale for the tensor.
+
+source      ONNX operator specifications, opset 21; Jacob et al. 2017, arXiv:1712.05877
+checked by  tests/parity/test_quantize.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from ...engine.ports import Floats
+from ...engine.weights import Stored
+from .tidy import drop_unused
+from .tools import copy_of
+from .weights import TYPES
+
+SCALE = ".scale"  # of a weight, behind its name
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One product of a graph.
+
+    weight      LDM name; None: both sides are activations (attention)
+    inputs      the names of the activations: one, or an attention's two
+    channels    axis of the activation that the weight sums over
+    """
+
+    name: str
+    op: str
+    weight: str | None
+    inputs: tuple[str, ...]
+
+    @property
+    def channels(self) -> int:
+        return 1 if self.op == "Conv" else -1
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The 256 values an activation is rounded to: scale * (q - zero), q in 0..255 or -128..127.
+
+    zero        None: symmetric, q is int8; else q is uint8
+    """
+
+    scale: float
+    zero: int | None = None
+
+
+Grids = Mapping[str, tuple[Grid, ...]]  # layer -> one for each input; () leaves them in float
+
+
+def layers(model: ir.Model) -> list[Layer]:
+    """The products of a graph, in order of use."""
+    found = []
+    for node in model.graph:
+        if node.op_type not in ("Conv", "MatMul"):
+            continue
+        x, y = node.inputs[0], node.inputs[1]
+        assert x is not None, "a product has two sides"
+        assert y is not None, "a product has two sides"
+        weight = _source(y)
+        inputs = (str(x.name), str(y.name)) if weight is None else (str(x.name),)
+        name = None if weight is None else str(weight.name)
+        found.append(Layer(str(node.name), node.op_type, name, inputs))
+    return found
+
+
+def stored_tensors(model: ir.Model) -> set[str]:
+    """Names of the weights that a graph takes from the component's file."""
+    values = model.graph.initializers.items()
+    return {str(name) for name, v in values if isinstance(v.const_value, ir.ExternalTensor)}
+
+
+def quantized(
+    model: ir.Model, grids: Grids, stored: Mapping[str, Stored], *, location: str
+) -> ir.Model:
+    """The twin of a graph, its weights in the file `location`.
+
+    grids       the layers to change; all others stay as they are
+    stored      what the file holds; a weight of type I8 has its scales beside it
+    """
+    model = copy_of(model)
+    graph = model.graph
+    _rebind(graph, stored, location)
+    rounded: dict[tuple[str, Grid], ir.Value] = {}
+    values = {str(v.name): v for node in graph for v in node.outputs}
+    values |= {str(v.name): v for v in graph.inputs}
+    for layer in layers(model):
+        node = next(n for n in graph if n.name == layer.name)
+        for i, (name, grid) in enumerate(
+            zip(layer.inputs, grids.get(layer.name, ()), strict=False)
+        ):
+            if (name, grid) not in rounded:
+                rounded[name, grid] = _round(graph, node, values[name], grid, len(rounded))
+            node.replace_input_with(i, rounded[name, grid])
+    drop_unused(graph)
+    return model
+
+
+def rounded_weight(weight: Floats) -> tuple[np.ndarray, Floats]:
+    """int8 of the same shape, and float32 scales: one for each entry of the first axis."""
+    largest = np.abs(weight).reshape(len(weight), -1).max(axis=1)
+    scale = np.where(largest > 0, largest / 127, 1).astype(np.float32)
+    steps = weight / scale.reshape(-1, *[1] * (weight.ndim - 1))
+    return np.clip(np.rint(steps), -127, 127).astype(np.int8), scale
+
+
+def _source(value: ir.Value) -> ir.Value | None:
+    """The initializer behind a Cast, a Transpose or a DequantizeLinear."""
+    for _ in range(4):
+        if value.is_initializer():
+            return value
+        node = value.producer()
+        if node is None or node.op_type not in ("Cast", "Transpose", "DequantizeLinear"):
+            return None
+        first = node.inputs[0]
+        if first is None:
+            return None
+        value = first
+    return None
+
+
+def _rebind(graph: ir.Graph, stored: Mapping[str, Stored], location: str) -> None:
+    """Every weight from the other file; those that are int8 there through a DequantizeLinear."""
+    for name in [n for n, v in graph.initializers.items()
+                 if isinstance(v.const_value, ir.ExternalTensor)]:  # fmt: skip
+        old = graph.initializers[name]
+        where = stored[name]
+        if where.dtype != "I8":
+            _external(old, where, location)
+            continue
+        weight = ir.Value(name=f"{name}/int8")
+        scale = ir.Value(name=name + SCALE)
+        _external(weight, where, location)
+        _external(scale, stored[name + SCALE], location)
+        wide = old
+        for user, _ in old.uses():
+            if user.op_type == "Cast":
+                wide = user.outputs[0]
+        made = ir.Value(
+            name=f"{name}/float", shape=ir.Shape(where.shape), type=ir.TensorType(ir.DataType.FLOAT)
+        )
+        node = ir.node(
+            "DequantizeLinear", [weight, scale], {"axis": 0}, outputs=[made], name=f"{name}/float"
+        )
+        del graph.initializers[name]
+        wide.replace_all_uses_with(made)
+        graph.register_initializer(weight)
+        graph.register_initializer(scale)
+        graph.insert_before(graph[0], [node])
+
+
+def _external(value: ir.Value, where: Stored, location: str) -> None:
+    dtype = ir.DataType.INT8 if where.dtype == "I8" else TYPES[where.dtype]
+    shape = ir.Shape(where.shape)
+    value.const_value = ir.ExternalTensor(
+        location, where.offset, where.nbytes, dtype, shape=shape, name=str(value.name)
+    )
+    value.shape, value.type = shape, ir.TensorType(dtype)
+
+
+def _round(graph: ir.Graph, before: ir.Node, value: ir.Value, grid: Grid, index: int) -> ir.Value:
+    """QuantizeLinear and DequantizeLinear behind a value."""
+    name = f"{value.name}/int8_{index}"
+    zero = np.int8(0) if grid.zero is None else np.uint8(grid.zero)
+    pair = [_constant(graph, f"{name}/{n}", v)
+            for n, v in (("scale", np.float32(grid.scale)), ("zero", zero))]  # fmt: skip
+    steps = ir.Value(name=f"{name}/steps")
+    result = ir.Value(name=name, shape=value.shape, type=ir.TensorType(ir.DataType.FLOAT))
+    graph.insert_before(before, [
+        ir.node("QuantizeLinear", [value, *pair], outputs=[steps], name=f"{name}/steps"),
+        ir.node("DequantizeLinear", [steps, *pair], outputs=[result], name=name),
+    ])  # fmt: skip
+    return result
+
+
+def _constant(graph: ir.Graph, name: str, value: np.generic) -> ir.Value:
+    tensor = ir.tensor(np.asarray(value), name=name)
+    made = ir.Value(
+        name=name, shape=ir.Shape(()), type=ir.TensorType(tensor.dtype), const_value=tensor
+    )
+    graph.register_initializer(made)
+    return made

@@ -1,0 +1,300 @@
+"""Eight-bit networks beside the others: `<component>/int8/`, graphs and weights of their own.
+
+    runs of the checkpoint ──> activations seen ──> a grid for each layer's input ─┐
+                               weights ──> int8, one scale an output channel ──────┴─> graphs
+
+The UNet's and the decoder's layers compute in int8, unless what was seen says that this layer's
+input does not fit 256 values; the other networks run once a picture: theirs are stored in int8 and
+computed in float. One set of graphs, in ONNX's own terms, serves OpenVINO and ONNX Runtime.
+
+checked by  tests/parity/test_quantize.py
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from ..backends.cache import Store
+from ..backends.openvino import OpenVINO
+from ..engine.bundle import Bundle
+from ..engine.ports import Array, Floats
+from ..engine.spec import Component, Precision, Profile
+from ..engine.weights import read_header
+from .calibration import PROMPTS, record_runs
+from .containers import TensorRef, open_container
+from .graph.quantize import SCALE, Grid, Grids, Layer, layers, quantized, rounded_weight
+from .graph.tools import save
+from .observe import Seen, grid, observe
+from .parity import distance
+from .record import Recording, free_memory
+from .weights_file import write_weights
+
+log = logging.getLogger("sdengine.export")
+
+FOLDER = "int8"
+WEIGHTS = "weights.safetensors"
+COMPUTED = ("unet", "vae_decoder")  # the networks whose arithmetic is int8 too
+LEAST_DB = {"vae_decoder": 38.0}  # PSNR of a picture: below it, the network computes in float
+FLOOR_DB = 22.0  # signal to rounding noise of an activation: below it, its layer computes in float
+QUANTISED: tuple[Precision, ...] = ("int8",)  # precisions that have weights of their own
+LARGE = 1 << 30  # bytes of weights: beyond it activations are seen in bfloat16
+SAMPLES = 24  # recorded calls that activations are seen on
+
+Feeds = Mapping[str, Array]
+Report = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was decided for one network.
+
+    grids       layer -> the grids of its inputs; a layer that is absent computes in float
+    floats      layers whose weights stay as they were
+    """
+
+    grids: Grids
+    floats: frozenset[str] = frozenset()
+
+
+def quantise_all(
+    bundle: Bundle,
+    folder: Path,
+    prompts: Sequence[str] | None,
+    cases: Recording,
+    report: Report,
+) -> dict[str, Component]:
+    """The components of a bundle with their int8 twins, written into `folder`.
+
+    folder      where the bundle is being written anew
+    prompts     what is drawn for calibration; None: PROMPTS
+    cases       recorded inputs, taken where this model draws nothing from a prompt alone
+    raises      StorageError, BackendError
+    """
+    backend = OpenVINO(Store(limit=0))
+    calls: Mapping[str, Sequence[Feeds]] = {}
+    if bundle.facts.variant == "base":
+        chosen = PROMPTS if prompts is None else prompts
+        sizes = {n: c.weights.stat().st_size for n, c in bundle.components.items()}
+        precision = drawing_precision(max(sizes.values()), backend)
+        calls = record_runs(bundle, backend, precision, chosen, _within(report, 0.0, 0.3))
+    result = {}
+    for i, (name, component) in enumerate(bundle.components.items()):
+        samples = calls[name] if name in calls else [c.feeds for c in cases.get(name, ())]
+        share = 0.3 + 0.7 * i / len(bundle.components)
+        end = share + 0.7 / len(bundle.components)
+        within = _within(report, share, end)
+        result[name] = quantise(component, folder / name, samples, backend, within)
+    return result
+
+
+def quantise(
+    component: Component,
+    folder: Path,
+    samples: Sequence[Feeds],
+    backend: OpenVINO,
+    report: Report,
+) -> Component:
+    """The component with its int8 twin, written to `folder`/int8.
+
+    folder      of the component, in a bundle that is being written
+    samples     recorded feeds of the component; may be empty where nothing is computed in int8
+    backend     runs the graphs on them, and judges the twin
+    raises      StorageError, BackendError
+    """
+    name = component.spec.name
+    choice = Choice({})
+    if name in COMPUTED:
+        report(f"activations of {name}", 0.0)
+        choice = choose(component, spread(samples, SAMPLES), backend, report)
+    report(f"int8 weights of {name}", 0.7)
+    twin = write_twin(component, folder / FOLDER, choice)
+    if choice.grids and name in LEAST_DB:
+        found = worst_psnr(component, twin, spread(samples, 4), backend)
+        log.info("%s: int8 pictures are at least %.1f dB from float", name, found)
+        if found < LEAST_DB[name]:
+            log.info(
+                "%s: computes in float, from int8 weights: %g dB are due", name, LEAST_DB[name]
+            )
+            twin = write_twin(component, folder / FOLDER, Choice({}))
+    return replace(component, quantised={**component.quantised, "int8": twin})
+
+
+def choose(
+    component: Component, samples: Sequence[Feeds], backend: OpenVINO, report: Report
+) -> Choice:
+    """Grids for the layers of `full`, by what their inputs were on the samples."""
+    graph = component.graphs["full"]
+    found = layers(ir.load(graph.path))
+    weighted = [layer for layer in found if layer.weight is not None]
+    seen = observe(
+        graph.path,
+        [n for layer in weighted for n in layer.inputs],
+        step_feeds(component, samples, backend),
+        drawing_precision(component.weights.stat().st_size, backend),
+        lambda share: report(f"activations of {component.spec.name}", 0.7 * share),
+    )
+    grids: dict[str, tuple[Grid, ...]] = {}
+    for layer in weighted:
+        grids_of = tuple(fitting(layer, seen[n]) for n in layer.inputs)
+        noise = min(signal_db(seen[n], g) for n, g in zip(layer.inputs, grids_of, strict=True))
+        if noise >= FLOOR_DB:
+            grids[layer.name] = grids_of
+        else:
+            log.info("%s stays in float: its input keeps %.1f dB in 8 bits", layer.name, noise)
+    return Choice(grids)
+
+
+def fitting(layer: Layer, seen: Seen) -> Grid:
+    """A convolution reads SiLU, nearly all positive: about zero it would waste half of the values.
+    A product of matrices is computed faster about zero."""
+    return grid(seen, symmetric=layer.op != "Conv")
+
+
+def signal_db(seen: Seen, chosen: Grid) -> float:
+    """10 log10 of the values' mean square over that of their rounding error."""
+    zero = 0 if chosen.zero is None else chosen.zero
+    low, high = (-127, 127) if chosen.zero is None else (-zero, 255 - zero)
+    x = seen.values.astype(np.float64)
+    error = x - np.clip(np.rint(x / chosen.scale), low, high) * chosen.scale
+    signal, noise = float(np.mean(x**2)), float(np.mean(error**2))
+    return np.inf if noise == 0 else 10 * float(np.log10(max(signal, 1e-300) / noise))
+
+
+def step_feeds(component: Component, samples: Sequence[Feeds], backend: OpenVINO) -> list[Feeds]:
+    """Feeds of `full` for feeds of the component: the prologue's results in place of the text."""
+    full, prologue = component.graphs["full"], component.graphs.get("prologue")
+    wanted = [t.name for t in full.inputs]
+    if prologue is None:
+        return [{n: sample[n] for n in wanted} for sample in samples]
+    network = backend.compile(component, prologue, Profile())
+    run = network.open({})
+    taken = [t.name for t in prologue.inputs]
+    result = []
+    for sample in samples:
+        known = {**sample, **run({n: np.ascontiguousarray(sample[n]) for n in taken})}
+        result.append({n: known[n] for n in wanted})
+    network.close()
+    return result
+
+
+def drawing_precision(weights: int, backend: OpenVINO) -> Precision:
+    """float32, or for a large network bfloat16 where that is to be had: half time and memory."""
+    return "bf16" if weights > LARGE and "bf16" in backend.probe().precisions else "f32"
+
+
+def write_twin(component: Component, folder: Path, choice: Choice) -> Component:
+    """Graphs and weights of a component whose layers have int8 weights, all but `choice.floats`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    models = {name: ir.load(graph.path) for name, graph in component.graphs.items()}
+    rounded = {
+        layer.weight
+        for model in models.values()
+        for layer in layers(model)
+        if layer.weight is not None and layer.name not in choice.floats
+    }
+    stored = open_container(component.weights).tensors
+    refs = [ref for name, tensor in stored.items() for ref in _stored_as(tensor, name in rounded)]
+    weights_sha256 = write_weights(folder / WEIGHTS, refs)
+    header = read_header(folder / WEIGHTS)
+    graphs = {}
+    for name, model in models.items():
+        path = folder / f"{name}.onnx"
+        twin = quantized(model, choice.grids, header, location=WEIGHTS)
+        save(twin, path)
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        graphs[name] = replace(component.graphs[name], path=path, sha256=sha256)
+    content = {"weights": weights_sha256, "graphs": {n: g.sha256 for n, g in graphs.items()}}
+    key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    free_memory()
+    return replace(
+        component,
+        graphs=graphs,
+        weights=folder / WEIGHTS,
+        weights_sha256=weights_sha256,
+        key=key,
+        quantised={},
+    )
+
+
+def recipe(component: Component) -> dict[str, Any]:
+    """What the twin's manifest entry says of how it was made: layers by what they compute in."""
+    model = ir.load(component.graphs["full"].path)
+    found = [layer for layer in layers(model) if layer.weight is not None]
+    computed = [layer.name for layer in found if _rounds(model, layer)]
+    return {
+        "weights": "int8, symmetric, one scale an output channel",
+        "activations": "8 bits, one scale a tensor" if computed else "float",
+        "int8_layers": len(computed),
+        "float_layers": [layer.name for layer in found if layer.name not in computed],
+    }
+
+
+def worst_psnr(
+    component: Component, twin: Component, samples: Iterable[Feeds], backend: OpenVINO
+) -> float:
+    """The least PSNR of the twin's results, against the component's own in float32."""
+    worst = np.inf
+    precisions: tuple[Precision, ...] = ("f32", "int8")
+    for sample in samples:
+        dims = {d: n for t in component.spec.inputs
+                for d, n in zip(t.shape, sample[t.name].shape, strict=True)
+                if isinstance(d, str)}  # fmt: skip
+        results = []
+        for network, precision in zip((component, twin), precisions, strict=True):
+            session = backend.load(network, Profile(dims, precision))
+            results.append(session(sample))
+            session.close()
+        for name, reference in results[0].items():
+            worst = min(worst, distance(reference, results[1][name]).psnr_db)
+    return worst
+
+
+def spread(samples: Sequence[Feeds], count: int) -> list[Feeds]:
+    """`count` of the samples, evenly over all; all of them where there are no more."""
+    if len(samples) <= count:
+        return list(samples)
+    places = np.linspace(0, len(samples) - 1, count).round().astype(int)
+    return [samples[i] for i in places]
+
+
+def _stored_as(tensor: TensorRef, rounded: bool) -> list[TensorRef]:
+    """A tensor as it is, or its int8 values and their scales; computed when written."""
+    if not rounded:
+        return [tensor]
+
+    def values() -> Any:
+        return rounded_weight(_floats(tensor))[0].reshape(-1).view(np.uint8)
+
+    def scales() -> Any:
+        return rounded_weight(_floats(tensor))[1].view(np.uint8)
+
+    return [
+        TensorRef(tensor.name, "I8", tensor.shape, values),
+        TensorRef(tensor.name + SCALE, "F32", tensor.shape[:1], scales),
+    ]
+
+
+def _floats(tensor: TensorRef) -> Floats:
+    result: Floats = tensor.torch().to(torch.float32).numpy()
+    return result
+
+
+def _rounds(model: ir.Model, layer: Layer) -> bool:
+    node = next(n for n in model.graph if n.name == layer.name)
+    first = node.inputs[0]
+    producer = None if first is None else first.producer()
+    return producer is not None and producer.op_type == "DequantizeLinear"
+
+
+def _within(report: Report, low: float, high: float) -> Report:
+    return lambda text, share: report(text, low + (high - low) * share)
