@@ -1,4 +1,4 @@
-"""ONNX Runtime on the processor, float32.
+"""ONNX Runtime on the processor: float32, and int8 graphs whose other layers are float32.
 
 checked by  tests/contract/test_backends.py, tests/unit/test_backend_onnxruntime.py
 """
@@ -44,7 +44,7 @@ class OnnxRuntime(GraphBackend):
             return Probe(False, f"onnxruntime cannot be imported: {first_line(error)}", mend)
         onnxruntime.disable_telemetry_events()
         reason = f"ONNX Runtime {onnxruntime.__version__} on CPU, {machine.threads()} threads"
-        return Probe(True, reason, precisions=("f32",), speed=20)
+        return Probe(True, reason, precisions=("f32", "int8"), speed=20)
 
     def compile(self, component: Component, graph: Graph, profile: Profile) -> OnnxGraph:
         import onnxruntime
@@ -56,6 +56,8 @@ class OnnxRuntime(GraphBackend):
         options.inter_op_num_threads = 1
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
         options.log_severity_level = ERRORS_ONLY
+        # Else it makes int8 inputs uint8, and refuses what it made of those before a reshape (1.32).
+        options.add_session_config_entry("session.qdqisint8allowed", "1")
         for dim, size in profile.dims.items():
             options.add_free_dimension_override_by_name(dim, size)
         session = onnxruntime.InferenceSession(

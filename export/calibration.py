@@ -58,7 +58,7 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     if len(prompts) > MOST_PROMPTS:
         raise RequestError(
             f"--calibration {path}: {len(prompts)} prompts; at most {MOST_PROMPTS} are used",
-            hint="keep the most different ones: time and memory grow with each",
+            hint="keep the most different prompts: time and memory grow with each",
         )
     if long := next((p for p in prompts if len(p) > LONGEST), None):
         raise RequestError(

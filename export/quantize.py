@@ -17,6 +17,7 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +27,20 @@ import torch
 
 from ..backends.cache import Store
 from ..backends.openvino import OpenVINO
-from ..engine.bundle import Bundle
+from ..engine.bundle import Bundle, ScheduleFacts
 from ..engine.ports import Array, Floats
-from ..engine.spec import Component, Precision, Profile
+from ..engine.spec import Component, Graph, Precision, Profile
 from ..engine.weights import read_header
 from .calibration import PROMPTS, record_runs
 from .containers import TensorRef, open_container
+from .graph.count import by_node
 from .graph.quantize import SCALE, Grid, Grids, Layer, layers, quantized, rounded_weight
 from .graph.tools import save
 from .observe import Seen, grid, observe
 from .parity import distance
 from .record import Recording, free_memory
+from .search import SAMPLES as NOISE_SAMPLES
+from .search import measure, worst
 from .weights_file import write_weights
 
 log = logging.getLogger("sdengine.export")
@@ -46,7 +50,9 @@ WEIGHTS = "weights.safetensors"
 COMPUTED = ("unet", "vae_decoder")  # the networks whose arithmetic is int8 too
 LEAST_DB = {"vae_decoder": 38.0}  # PSNR of a picture: below it, the network computes in float
 FLOOR_DB = 22.0  # signal to rounding noise of an activation: below it, its layer computes in float
+FIRST, LAST = 1, 4  # so many products at a network's ends compute in float: docs/numerics.md
 QUANTISED: tuple[Precision, ...] = ("int8",)  # precisions that have weights of their own
+FLOAT_SHARE = 0.15  # of all multiply-adds, that a search may leave in float
 LARGE = 1 << 30  # bytes of weights: beyond it activations are seen in bfloat16
 SAMPLES = 24  # recorded calls that activations are seen on
 
@@ -66,18 +72,34 @@ class Choice:
     floats: frozenset[str] = frozenset()
 
 
+@dataclass(frozen=True)
+class Search:
+    """How layers are looked for that should stay in float.
+
+    seconds     when to stop measuring
+    share       of all multiply-adds, that may be in float
+    weight_of   what a squared error of this call's output counts
+    """
+
+    seconds: float
+    share: float
+    weight_of: Callable[[Feeds], float]
+
+
 def quantise_all(
     bundle: Bundle,
     folder: Path,
     prompts: Sequence[str] | None,
     cases: Recording,
     report: Report,
+    search_s: float | None = None,
 ) -> dict[str, Component]:
     """The components of a bundle with their int8 twins, written into `folder`.
 
     folder      where the bundle is being written anew
     prompts     what is drawn for calibration; None: PROMPTS
     cases       recorded inputs, taken where this model draws nothing from a prompt alone
+    search_s    seconds for measuring which layers to leave in float; None: by rule
     raises      StorageError, BackendError
     """
     backend = OpenVINO(Store(limit=0))
@@ -87,13 +109,16 @@ def quantise_all(
         sizes = {n: c.weights.stat().st_size for n, c in bundle.components.items()}
         precision = drawing_precision(max(sizes.values()), backend)
         calls = record_runs(bundle, backend, precision, chosen, _within(report, 0.0, 0.3))
+    search = None
+    if search_s is not None:
+        search = Search(search_s, FLOAT_SHARE, partial(noise_level, bundle.facts.schedule))
     result = {}
     for i, (name, component) in enumerate(bundle.components.items()):
         samples = calls[name] if name in calls else [c.feeds for c in cases.get(name, ())]
         share = 0.3 + 0.7 * i / len(bundle.components)
         end = share + 0.7 / len(bundle.components)
         within = _within(report, share, end)
-        result[name] = quantise(component, folder / name, samples, backend, within)
+        result[name] = quantise(component, folder / name, samples, backend, within, search)
     return result
 
 
@@ -103,19 +128,26 @@ def quantise(
     samples: Sequence[Feeds],
     backend: OpenVINO,
     report: Report,
+    search: Search | None = None,
 ) -> Component:
     """The component with its int8 twin, written to `folder`/int8.
 
     folder      of the component, in a bundle that is being written
     samples     recorded feeds of the component; may be empty where nothing is computed in int8
     backend     runs the graphs on them, and judges the twin
+    search      measure which of the UNet's layers to leave in float, instead of going by rule
     raises      StorageError, BackendError
     """
     name = component.spec.name
     choice = Choice({})
     if name in COMPUTED:
         report(f"activations of {name}", 0.0)
-        choice = choose(component, spread(samples, SAMPLES), backend, report)
+        feeds = step_feeds(component, spread(samples, SAMPLES), backend)
+        grids = grids_for(component, feeds, backend, report)
+        if search is not None and name == "unet":
+            choice = searched(component, folder, grids, feeds, search, report)
+        else:
+            choice = by_rule(component, grids)
     report(f"int8 weights of {name}", 0.7)
     twin = write_twin(component, folder / FOLDER, choice)
     if choice.grids and name in LEAST_DB:
@@ -129,29 +161,73 @@ def quantise(
     return replace(component, quantised={**component.quantised, "int8": twin})
 
 
-def choose(
-    component: Component, samples: Sequence[Feeds], backend: OpenVINO, report: Report
-) -> Choice:
-    """Grids for the layers of `full`, by what their inputs were on the samples."""
+def grids_for(
+    component: Component, feeds: Sequence[Feeds], backend: OpenVINO, report: Report
+) -> Grids:
+    """Grids for the layers of `full`, by what their inputs were on these feeds of it."""
     graph = component.graphs["full"]
-    found = layers(ir.load(graph.path))
-    weighted = [layer for layer in found if layer.weight is not None]
+    found = [layer for layer in weighted(graph) if _in_time(layer)]
     seen = observe(
         graph.path,
-        [n for layer in weighted for n in layer.inputs],
-        step_feeds(component, samples, backend),
+        [n for layer in found for n in layer.inputs],
+        feeds,
         drawing_precision(component.weights.stat().st_size, backend),
-        lambda share: report(f"activations of {component.spec.name}", 0.7 * share),
+        lambda share: report(f"activations of {component.spec.name}", 0.5 * share),
     )
-    grids: dict[str, tuple[Grid, ...]] = {}
-    for layer in weighted:
-        grids_of = tuple(fitting(layer, seen[n]) for n in layer.inputs)
-        noise = min(signal_db(seen[n], g) for n, g in zip(layer.inputs, grids_of, strict=True))
-        if noise >= FLOOR_DB:
-            grids[layer.name] = grids_of
+    grids = {}
+    for layer in found:
+        values = seen[layer.inputs[0]]
+        chosen = fitting(layer, values)
+        if (kept := signal_db(values, chosen)) >= FLOOR_DB:
+            grids[layer.name] = (chosen,)
         else:
-            log.info("%s stays in float: its input keeps %.1f dB in 8 bits", layer.name, noise)
-    return Choice(grids)
+            log.info("%s stays in float: its input keeps %.1f dB in 8 bits", layer.name, kept)
+    return grids
+
+
+def by_rule(component: Component, grids: Grids) -> Choice:
+    """The network's ends in float: what is rounded there, no later layer smooths."""
+    order = [layer.name for layer in weighted(component.graphs["full"])]
+    ends = frozenset((*order[:FIRST], *order[-LAST:]))
+    return Choice({n: g for n, g in grids.items() if n not in ends}, ends)
+
+
+def searched(
+    component: Component,
+    folder: Path,
+    grids: Grids,
+    feeds: Sequence[Feeds],
+    search: Search,
+    report: Report,
+) -> Choice:
+    """The layers in float that measuring finds to be worst for their cost."""
+    graph = component.graphs["full"]
+    order = [layer for layer in weighted(graph) if layer.name in grids]
+    twin = write_twin(component, folder / FOLDER, Choice(grids))
+    noise = measure(
+        folder / graph.path.name,
+        twin.weights,
+        order,
+        grids,
+        spread(feeds, NOISE_SAMPLES),
+        search.weight_of,
+        search.seconds,
+        lambda share: report("sensitivity of each layer", 0.5 + 0.2 * share),
+    )
+    dims = {d: n for t in graph.inputs
+            for d, n in zip(t.shape, feeds[0][t.name].shape, strict=True)
+            if isinstance(d, str)}  # fmt: skip
+    counted = by_node(ir.load(graph.path), dims)
+    floats = frozenset(worst(noise, {la.name: counted[la.name] for la in order}, search.share))
+    left = sum(n for name, n in noise.layers.items() if name not in floats)
+    share = 1 - left / sum(noise.layers.values())
+    log.info("%d layers stay in float: they made %.0f %% of the noise", len(floats), 100 * share)
+    return Choice({n: g for n, g in grids.items() if n not in floats}, floats)
+
+
+def weighted(graph: Graph) -> list[Layer]:
+    """The layers of a graph that have a weight, in order of use."""
+    return [layer for layer in layers(ir.load(graph.path)) if layer.weight is not None]
 
 
 def fitting(layer: Layer, seen: Seen) -> Grid:
@@ -185,6 +261,14 @@ def step_feeds(component: Component, samples: Sequence[Feeds], backend: OpenVINO
         result.append({n: known[n] for n in wanted})
     network.close()
     return result
+
+
+def noise_level(schedule: ScheduleFacts, feeds: Feeds) -> float:
+    """sigma^2 at the call's timestep: what an error of the output weighs in the guess at x0."""
+    s = schedule
+    betas = np.linspace(s.beta_start**0.5, s.beta_end**0.5, s.timesteps) ** 2
+    place = int(np.clip(np.rint(feeds["timestep"].flat[0]), 0, s.timesteps - 1))
+    return float(1 - np.cumprod(1 - betas)[place])
 
 
 def drawing_precision(weights: int, backend: OpenVINO) -> Precision:
@@ -287,6 +371,11 @@ def _stored_as(tensor: TensorRef, rounded: bool) -> list[TensorRef]:
 def _floats(tensor: TensorRef) -> Floats:
     result: Floats = tensor.torch().to(torch.float32).numpy()
     return result
+
+
+def _in_time(layer: Layer) -> bool:
+    """Not the little that is computed from the time alone: one row, and every block hangs on it."""
+    return ".emb_layers." not in layer.name and not layer.name.startswith("time_embed.")
 
 
 def _rounds(model: ir.Model, layer: Layer) -> bool:

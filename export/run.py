@@ -152,12 +152,14 @@ def add_target(
     gates: Mapping[Precision, Gate] | None = None,
     progress: Report | None = None,
     prompts: Sequence[str] | None = None,
+    search_s: float | None = None,
 ) -> Path:
     """Make an existing bundle ready for further engines or precisions; returns `path`.
 
     The new bundle is a sibling whose files are links to the same content, and takes the old one's
     place by two renames: who reads the old one goes on reading it.
     prompts     what int8 is calibrated on; None: a built-in list
+    search_s    seconds for measuring which layers int8 leaves in float; None: by rule
     raises      UnknownName, BundleError, ParityFailure, StorageError, BackendError
     """
     recipes = [get_target(t) for t in targets]
@@ -181,7 +183,7 @@ def add_target(
         components = bundle.components
         if quantises:
             components = quantise_all(
-                bundle, folder, prompts, judging.cases, _within(report, 0.4, 0.8)
+                bundle, folder, prompts, judging.cases, _within(report, 0.4, 0.8), search_s
             )
             _describe_twins(content, folder, components, replaced)
         for i, component in enumerate(components.values()):

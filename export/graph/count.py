@@ -15,7 +15,12 @@ from ...engine.errors import TraceError
 
 
 def multiply_adds(model: ir.Model, dims: Mapping[str, int]) -> int:
-    """Multiply-adds of one run with named dimensions of these sizes.
+    """Multiply-adds of one run with named dimensions of these sizes; raises as `by_node`."""
+    return sum(by_node(model, dims).values())
+
+
+def by_node(model: ir.Model, dims: Mapping[str, int]) -> dict[str, int]:
+    """Name of each product -> its multiply-adds, with named dimensions of these sizes.
 
     raises      TraceError when the shape of a product cannot be told
     """
@@ -25,7 +30,7 @@ def multiply_adds(model: ir.Model, dims: Mapping[str, int]) -> int:
             if dim.dim_param in dims:
                 dim.dim_value = dims[dim.dim_param]
     inferred = ir.from_proto(onnx.shape_inference.infer_shapes(proto, data_prop=True))
-    return sum(_of(node) for node in inferred.graph)
+    return {str(node.name): _of(node) for node in inferred.graph}
 
 
 def _of(node: ir.Node) -> int:

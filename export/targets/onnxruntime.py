@@ -5,4 +5,4 @@ from __future__ import annotations
 from ...backends.onnxruntime import OnnxRuntime
 from . import Recipe, nothing
 
-RECIPE = Recipe("onnxruntime", ("f32",), OnnxRuntime, nothing)
+RECIPE = Recipe("onnxruntime", ("f32", "int8"), OnnxRuntime, nothing)

@@ -244,8 +244,34 @@ def test_probe_follows_the_processor():
     probe = OpenVINO().probe()
     assert probe.ok
     assert probe.reason.startswith("OpenVINO 20")
-    capable = {"avx512_bf16", "amx_bf16"} & set(machine.processor().split())
-    assert probe.precisions == (("bf16", "f32") if capable else ("f32",))
+    flags = set(machine.processor().split())
+    floats = ("bf16", "f32") if {"avx512_bf16", "amx_bf16"} & flags else ("f32",)
+    quick = {"avx512_vnni", "avx_vnni", "amx_int8"} & flags
+    assert probe.precisions == (("int8", *floats) if quick else (*floats, "int8"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "precisions"),
+    [
+        ("avx2 avx_vnni", ("int8", "f32")),
+        ("avx512_bf16 avx512_vnni", ("int8", "bf16", "f32")),
+        ("avx2", ("f32", "int8")),
+    ],
+)
+def test_int8_is_first_where_it_is_quick(flags, precisions, monkeypatch):
+    """Everywhere else it is allowed, and named behind the others."""
+    abilities = ["FP32", "INT8", *(["BF16"] if "bf16" in flags else [])]
+
+    class Core:
+        def get_property(self, device: str, name: str) -> list[str]:
+            return abilities
+
+    monkeypatch.setattr(machine, "processor", lambda: f"some processor {flags}")
+    backend = OpenVINO()
+    backend.__dict__["_core"] = Core()
+    assert backend.probe().precisions == precisions
+    assert backend._hint("int8") == ("bf16" if "bf16" in flags else "f32")
+    assert backend._hint("f32") == "f32"
 
 
 def alone(program: str, **env: str) -> str:

@@ -1,0 +1,133 @@
+"""A graph for measuring: every layer's rounding can be turned on and off by an input.
+
+`gates` is float32 [2n]: entry 2i scales the rounding error of layer i's input, 2i + 1 that of its
+weight; 0 is float, 1 is int8. One compiled graph thus measures any choice of layers.
+
+checked by  tests/parity/test_quantize.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from ...engine.weights import Stored
+from .quantize import Grids, Layer, layers, quantized
+from .tools import copy_of
+
+GATES = "gates"
+
+
+def gated(
+    model: ir.Model,
+    grids: Grids,
+    stored: Mapping[str, Stored],
+    *,
+    location: str,
+    order: Sequence[Layer],
+) -> ir.Model:
+    """The graph with the further input `gates`.
+
+    grids       as for `quantized`; a layer without grids keeps its input in float
+    stored      of the file with int8 weights, `location`; the float weights stay where they are
+    order       the layers that the gates belong to
+    """
+    model = copy_of(model)
+    twin = quantized(model, grids, stored, location=location)
+    graph = model.graph
+    gates = ir.Value(
+        name=GATES, shape=ir.Shape([2 * len(order)]), type=ir.TensorType(ir.DataType.FLOAT)
+    )
+    graph.inputs.append(gates)
+    places = {layer.name: i for i, layer in enumerate(order)}
+    rounded = _Rounded(graph, twin.graph)
+    for layer in layers(model):
+        if layer.name not in places:
+            continue
+        node = next(n for n in graph if n.name == layer.name)
+        other = next(n for n in twin.graph if n.name == layer.name)
+        for side in range(2):
+            x, y = node.inputs[side], other.inputs[side]
+            assert x is not None, "a product has two sides"
+            assert y is not None, "a product has two sides"
+            if x.name == y.name:
+                continue
+            gate = _pick(graph, node, gates, 2 * places[layer.name] + side)
+            node.replace_input_with(side, _blend(graph, node, x, rounded.of(y, node), gate))
+    return model
+
+
+class _Rounded:
+    """Nodes of the twin, copied into the graph when they are first needed."""
+
+    def __init__(self, graph: ir.Graph, twin: ir.Graph) -> None:
+        self._graph, self._twin = graph, twin
+        self._own = {str(v.name): v for n in graph for v in n.outputs}
+        self._own |= {str(v.name): v for v in graph.inputs}
+        self._own |= {str(v.name): v for v in graph.initializers.values()}
+        self._made: dict[str, ir.Value] = {}
+
+    def of(self, value: ir.Value, before: ir.Node) -> ir.Value:
+        name = str(value.name)
+        if name in self._made:
+            return self._made[name]
+        producer = value.producer()
+        changed = producer is not None and self._differs(producer)
+        if not changed and name in self._own:
+            return self._own[name]
+        if value.is_initializer():
+            made = ir.Value(
+                name=name, shape=value.shape, type=value.type, const_value=value.const_value
+            )
+            self._graph.register_initializer(made)
+        else:
+            assert producer is not None, "neither computed nor given"
+            inputs = [None if v is None else self.of(v, before) for v in producer.inputs]
+            made = ir.Value(name=f"{name}/rounded", shape=value.shape, type=value.type)
+            attributes = {a.name: a.value for a in producer.attributes.values()}
+            node = ir.node(
+                producer.op_type, inputs, attributes, outputs=[made], name=f"{name}/rounded"
+            )
+            self._graph.insert_before(before, [node])
+        self._made[name] = made
+        return made
+
+    def _differs(self, node: ir.Node) -> bool:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            return True
+        first = node.inputs[0] if node.inputs else None
+        producer = None if first is None else first.producer()
+        behind = node.op_type in ("Transpose", "Cast") and producer is not None
+        return behind and producer is not None and self._differs(producer)
+
+
+def _pick(graph: ir.Graph, before: ir.Node, gates: ir.Value, index: int) -> ir.Value:
+    name = f"{GATES}/{index}"
+    tensor = ir.tensor(np.array(index, np.int64), name=f"{name}/index")
+    place = ir.Value(
+        name=f"{name}/index",
+        shape=ir.Shape(()),
+        type=ir.TensorType(ir.DataType.INT64),
+        const_value=tensor,
+    )
+    graph.register_initializer(place)
+    gate = ir.Value(name=name)
+    graph.insert_before(before, [ir.node("Gather", [gates, place], outputs=[gate], name=name)])
+    return gate
+
+
+def _blend(
+    graph: ir.Graph, before: ir.Node, x: ir.Value, rounded: ir.Value, gate: ir.Value
+) -> ir.Value:
+    """x + gate (rounded - x)"""
+    name = str(gate.name)
+    error, share, result = (ir.Value(name=f"{name}/{n}") for n in ("error", "share", "result"))
+    nodes = [
+        ir.node("Sub", [rounded, x], outputs=[error], name=f"{name}/error"),
+        ir.node("Mul", [error, gate], outputs=[share], name=f"{name}/share"),
+        ir.node("Add", [x, share], outputs=[result], name=f"{name}/result"),
+    ]
+    graph.insert_before(before, nodes)
+    return result
