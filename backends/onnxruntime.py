@@ -56,7 +56,7 @@ class OnnxRuntime(GraphBackend):
         options.inter_op_num_threads = 1
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
         options.log_severity_level = ERRORS_ONLY
-        # Else it makes int8 inputs uint8, and refuses what it made of those before a reshape (1.32).
+        # Else it turns int8 inputs into uint8, and 1.32 fails where a reshape follows.
         options.add_session_config_entry("session.qdqisint8allowed", "1")
         for dim, size in profile.dims.items():
             options.add_free_dimension_override_by_name(dim, size)

@@ -750,7 +750,8 @@ def _check_files(parts: _Manifest, files: Mapping[str, Path], verify: bool) -> N
                 f"{files[name]} has {size} bytes; the manifest says {record.size}",
                 hint="the copy was cut short or changed: copy the bundle again, or export again",
             )
-    networks = [n for c in parts.components.values() for n in (c, *c.quantised.values())]
+    networks: list[_Component | _Quantised] = [*parts.components.values()]
+    networks += [t for c in parts.components.values() for t in c.quantised.values()]
     for network in networks:
         read_header(files[network.weights])
     conditioning = parts.model.image_conditioning
