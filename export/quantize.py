@@ -166,7 +166,7 @@ def grids_for(
 ) -> Grids:
     """Grids for the layers of `full`, by what their inputs were on these feeds of it."""
     graph = component.graphs["full"]
-    found = [layer for layer in weighted(graph) if _in_time(layer)]
+    found = [layer for layer in products(graph) if _in_time(layer)]
     seen = observe(
         graph.path,
         [n for layer in found for n in layer.inputs],
@@ -174,12 +174,12 @@ def grids_for(
         drawing_precision(component.weights.stat().st_size, backend),
         lambda share: report(f"activations of {component.spec.name}", 0.5 * share),
     )
-    grids = {}
+    grids: dict[str, tuple[Grid, ...]] = {}
     for layer in found:
-        values = seen[layer.inputs[0]]
-        chosen = fitting(layer, values)
-        if (kept := signal_db(values, chosen)) >= FLOOR_DB:
-            grids[layer.name] = (chosen,)
+        chosen = tuple(fitting(layer, seen[n]) for n in layer.inputs)
+        kept = min(signal_db(seen[n], g) for n, g in zip(layer.inputs, chosen, strict=True))
+        if kept >= FLOOR_DB:
+            grids[layer.name] = chosen
         else:
             log.info("%s stays in float: its input keeps %.1f dB in 8 bits", layer.name, kept)
     return grids
@@ -187,7 +187,8 @@ def grids_for(
 
 def by_rule(component: Component, grids: Grids) -> Choice:
     """The network's ends in float: what is rounded there, no later layer smooths."""
-    order = [layer.name for layer in weighted(component.graphs["full"])]
+    found = products(component.graphs["full"])
+    order = [layer.name for layer in found if layer.weight is not None]
     ends = frozenset((*order[:FIRST], *order[-LAST:]))
     return Choice({n: g for n, g in grids.items() if n not in ends}, ends)
 
@@ -202,7 +203,7 @@ def searched(
 ) -> Choice:
     """The layers in float that measuring finds to be worst for their cost."""
     graph = component.graphs["full"]
-    order = [layer for layer in weighted(graph) if layer.name in grids]
+    order = [layer for layer in products(graph) if layer.name in grids]
     twin = write_twin(component, folder / FOLDER, Choice(grids))
     noise = measure(
         folder / graph.path.name,
@@ -225,9 +226,11 @@ def searched(
     return Choice({n: g for n, g in grids.items() if n not in floats}, floats)
 
 
-def weighted(graph: Graph) -> list[Layer]:
-    """The layers of a graph that have a weight, in order of use."""
-    return [layer for layer in layers(ir.load(graph.path)) if layer.weight is not None]
+def products(graph: Graph) -> list[Layer]:
+    """The layers that may compute in int8, in order of use: all but an attention's second product,
+    whose probabilities are far below 1/255 where there are thousands of tokens."""
+    found = layers(ir.load(graph.path))
+    return [layer for layer in found if layer.weight is not None or layer.scores]
 
 
 def fitting(layer: Layer, seen: Seen) -> Grid:

@@ -32,17 +32,14 @@ class Layer:
 
     weight      LDM name; None: both sides are activations (attention)
     inputs      the names of the activations: one, or an attention's two
-    channels    axis of the activation that the weight sums over
+    scores      an attention's first product, whose result goes into a softmax
     """
 
     name: str
     op: str
     weight: str | None
     inputs: tuple[str, ...]
-
-    @property
-    def channels(self) -> int:
-        return 1 if self.op == "Conv" else -1
+    scores: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,7 +68,8 @@ def layers(model: ir.Model) -> list[Layer]:
         weight = _source(y)
         inputs = (str(x.name), str(y.name)) if weight is None else (str(x.name),)
         name = None if weight is None else str(weight.name)
-        found.append(Layer(str(node.name), node.op_type, name, inputs))
+        scores = weight is None and _into_softmax(node)
+        found.append(Layer(str(node.name), node.op_type, name, inputs, scores))
     return found
 
 
@@ -113,6 +111,14 @@ def rounded_weight(weight: Floats) -> tuple[np.ndarray, Floats]:
     scale = np.where(largest > 0, largest / 127, 1).astype(np.float32)
     steps = weight / scale.reshape(-1, *[1] * (weight.ndim - 1))
     return np.clip(np.rint(steps), -127, 127).astype(np.int8), scale
+
+
+def _into_softmax(node: ir.Node) -> bool:
+    users = [user for user, _ in node.outputs[0].uses()]
+    users += [
+        after for user in users if user.op_type == "Add" for after, _ in user.outputs[0].uses()
+    ]
+    return any(user.op_type == "Softmax" for user in users)
 
 
 def _source(value: ir.Value) -> ir.Value | None:
