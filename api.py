@@ -147,8 +147,8 @@ def choose_precision(
     """
     proved = bundle.targets[backend].precisions if backend in bundle.targets else ()
     usable = [p for p in probe.precisions if p == "f32" or p in proved]
-    if asked is None:
-        return usable[0]
+    if asked is None:  # int8 changes the picture: it is asked for, by name or by preset
+        return next(p for p in usable if p != "int8")
     if asked in usable:
         return asked
     if asked not in PRECISIONS:

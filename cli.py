@@ -448,6 +448,14 @@ def export(
         Path | None,
         typer.Option(help="Mean and deviation of the image embeddings, for unCLIP-L."),
     ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="Prompts to calibrate int8 with, one a line; without it, our own."),
+    ] = None,
+    search: Annotated[
+        float | None,
+        typer.Option(help="Minutes to look for the layers that int8 hurts; for a bundle."),
+    ] = None,
     ema: Annotated[bool | None, typer.Option("--ema/--no-ema", help="Which weights.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace what is at --out.")] = False,
     as_json: Json = False,
@@ -469,6 +477,13 @@ def export(
     what = _given(
         targets=target, precisions=precisions, name=name, licence=licence, cuts=_cuts(cuts)
     )
+    if calibration is not None:
+        from .export.calibration import read_prompts
+
+        what["prompts"] = read_prompts(calibration)
+    if search is not None:
+        _search(place, search, what, quiet)
+        return
     with _progress(quiet) as report:
         found = open_checkpoint(
             checkpoint, **how, progress=lambda done, total: report("reading", done, total)
@@ -480,6 +495,28 @@ def export(
         _print_json(_bundle_facts(bundle))
     else:
         _print_path(bundle)
+
+
+def _search(bundle: Path, minutes: float, what: Mapping[str, Any], quiet: bool) -> None:
+    """Quantise a bundle, and measure which layers are better left in float."""
+    from .engine.bundle import MANIFEST
+    from .export import add_target
+
+    if not (bundle / MANIFEST).is_file():
+        raise RequestError(
+            f"{bundle} is no bundle yet: the search runs on one",
+            hint="export first; then: sdengine export BUNDLE --precision int8 --search 30",
+        )
+    with _progress(quiet) as report:
+        done = add_target(
+            bundle,
+            what.get("targets", ["openvino"]),
+            what.get("precisions", ["int8"]),
+            progress=lambda at, share: report(at, share, 1.0),
+            prompts=what.get("prompts"),
+            search_s=60 * minutes,
+        )
+    _print_path(done)
 
 
 @app.command(cls=Careful)

@@ -159,7 +159,9 @@ def costs_of(unet: Component) -> dict[str, float]:
     counted = {name: graph.macs for name, graph in unet.graphs.items()}
     full = counted["full"]
     return {
-        name: 1.0 if macs is None or full is None else macs / full for name, macs in counted.items()
+        name: 1.0 if macs is None or full is None else macs / full
+        for name, macs in counted.items()
+        if name != "prologue"
     }
 
 

@@ -9,6 +9,7 @@ import logging
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -116,13 +117,46 @@ def ldm_yaml(config: dict) -> dict:
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(make_checkpoint, tmp_path_factory) -> Path:
+def exported_once(tmp_path_factory):
+    """`exported_once(name, make)`: the Path that `make(Path)` fills, made by one of the processes
+    that run the tests side by side (pytest-xdist), and used by all of them."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+
+    def get(name: str, make) -> Path:
+        place, claim = root / "exported" / name, root / f"exported-{name}.claim"
+        failed = claim.with_suffix(".failed")
+        place.parent.mkdir(exist_ok=True)
+        try:
+            claim.touch(exist_ok=False)
+        except FileExistsError:
+            for _ in range(1200):
+                if (place / "manifest.json").is_file():
+                    return place
+                assert not failed.exists(), f"the export of {name} failed in another process"
+                time.sleep(1)
+            pytest.fail(f"waited 20 minutes for the export of {name}")
+        try:
+            make(place)
+        except BaseException:
+            failed.touch()
+            raise
+        return place
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(make_checkpoint, exported_once) -> Path:
     """The tiny random eps model as a bundle with OpenVINO float32 and bfloat16 proved."""
     from sdengine.export import export_bundle
     from sdengine.export.checkpoint import open_checkpoint
 
-    out = tmp_path_factory.mktemp("bundles") / "tiny"
-    return export_bundle(open_checkpoint(make_checkpoint("base")), out, cuts=())
+    def make(out: Path) -> None:
+        export_bundle(open_checkpoint(make_checkpoint("base")), out, cuts=())
+
+    return exported_once("tiny", make)
 
 
 @pytest.fixture(scope="session")
@@ -139,7 +173,7 @@ def embedding_stats(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def variant_bundle(make_checkpoint, embedding_stats, tmp_path_factory):
+def variant_bundle(make_checkpoint, embedding_stats, exported_once, tmp_path_factory):
     """`variant_bundle("inpainting")`: Path of that variant's tiny random model as a bundle, proved
     on OpenVINO in float32; each is exported once. Its native latent is 16x16: tracing is slow
     enough without large pictures."""
@@ -149,17 +183,20 @@ def variant_bundle(make_checkpoint, embedding_stats, tmp_path_factory):
     folder = tmp_path_factory.mktemp("variants")
 
     @functools.cache
-    def make(variant: str) -> Path:
-        stats = embedding_stats if variant == "unclip-l" else None
-        path = make_checkpoint(variant)
-        facts = json.loads(path.with_suffix(".yaml").read_text())
-        facts["model"]["params"]["image_size"] = 16
-        config = folder / f"{variant}.yaml"
-        config.write_text(json.dumps(facts))
-        checkpoint = open_checkpoint(path, config=config, embedding_stats=stats)
-        return export_bundle(checkpoint, folder / variant, precisions=("f32",), cuts=())
+    def get(variant: str) -> Path:
+        def make(out: Path) -> None:
+            stats = embedding_stats if variant == "unclip-l" else None
+            path = make_checkpoint(variant)
+            facts = json.loads(path.with_suffix(".yaml").read_text())
+            facts["model"]["params"]["image_size"] = 16
+            config = folder / f"{variant}.yaml"
+            config.write_text(json.dumps(facts))
+            checkpoint = open_checkpoint(path, config=config, embedding_stats=stats)
+            export_bundle(checkpoint, out, precisions=("f32",), cuts=())
 
-    return make
+        return exported_once(variant, make)
+
+    return get
 
 
 @pytest.fixture

@@ -52,6 +52,8 @@ def test_chain(golden, variant_bundle, monkeypatch, name):
     if name.startswith("unclip"):
         asked |= {"width": 128, "height": 64}
     with api.load(variant_bundle(variant), backend="openvino", precision="f32") as pipe:
+        if name == "unclip_l":  # the case was made without statistics; the bundle has some
+            monkeypatch.setattr(pipe, "_statistics", (None, None))
         result = pipe(
             prompt=settings["prompt"], negative_prompt=settings["negative_prompt"],
             image=arrays["in.image_u8"], steps=settings["steps"], guidance=settings["guidance"],

