@@ -7,16 +7,19 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
 from . import __version__
 from .engine.errors import NotABundle, RequestError, SdengineError, UnknownName
+
+if TYPE_CHECKING:
+    from .engine.pipeline import Result
 
 # called with (what is being done, how much of it is done, how much there is)
 Report = Callable[[str, float, float], None]
@@ -121,7 +124,7 @@ def top(
     """Stable Diffusion 2 as engines: export a checkpoint, then run it fast and correctly."""
 
 
-Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON (run: one a prompt).")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no timings.")]
 
 
@@ -279,6 +282,16 @@ def run(
         Path | None,
         typer.Option("--from", help="Repeat the run of a picture; other options change it."),
     ] = None,
+    from_file: Annotated[
+        Path | None,
+        typer.Option("--from-file", help="Prompts, one a line; blank lines are skipped."),
+    ] = None,
+    grid: Annotated[
+        Path | None, typer.Option(help="Where to save all pictures on one sheet, too.")
+    ] = None,
+    grid_columns: Annotated[
+        int | None, typer.Option(help="Pictures in a row of it; without it, about square.")
+    ] = None,
     backend: Annotated[
         str | None, typer.Option("--backend", "-b", help="The engine; without it, the fastest.")
     ] = None,
@@ -357,8 +370,13 @@ def run(
             "--stop-after without --save-latents would throw the run away",
             hint="name a file for it: --save-latents run.latents",
         )
-    from .engine import state
-    from .engine.describe import timing_line
+    if from_file is not None and (prompt, save_latents, from_latents) != (None, None, None):
+        raise RequestError(
+            "--from-file goes with neither --prompt nor --save-latents nor --from-latents",
+            hint="leave those out, or give one --prompt in place of the file",
+        )
+    from .engine import grid as grids
+    from .engine import prompts, state
     from .engine.outputs import Output
     from .engine.request import Progress, Request
 
@@ -373,35 +391,59 @@ def run(
         asked = dict(resume.request) | asked
     request, output = Request.from_dict(asked), Output.parse(out)
     output.check()
+    grids.check_columns(grid_columns)
+    if grid is not None:
+        Output(file=grid).check()
+    requests = [request] if from_file is None else prompts.each(request, prompts.read(from_file))
+    total = sum(one.count for one in requests)
     from . import api
 
-    paths: list[Path] = []
+    results: list[Result] = []
     last: list[state.Saved] = []
     moves = {"on_state": last.append, "stop_after": stop_after, "resume": resume}
-    with _progress(quiet) as report:
+    if save_latents is None:
+        del moves["on_state"]
+    loading = _given(**how, preset=request.preset)
+    with (
+        _progress(quiet) as report,
+        api.load(**loading, progress=lambda what, done: report(what, done, 1.0)) as pipe,
+    ):
 
         def on_step(at: Progress) -> None:
-            report(f"picture {at.picture + 1} of {at.pictures}", at.step, at.steps)
+            done = sum(len(result.pictures) for result in results)
+            report(f"picture {done + at.picture + 1} of {total}", at.step, at.steps)
             if preview is not None and at.guess is not None and at.step % preview == 0:
-                output.preview(request.prompt, at.guess())
+                output.preview(requests[len(results)].prompt, at.guess())
 
-        if save_latents is None:
-            del moves["on_state"]
-        loading = _given(**how, preset=request.preset)
-        with api.load(**loading, progress=lambda what, done: report(what, done, 1.0)) as pipe:
+        for one in requests:
+            paths: list[Path] = []
             try:
-                for result in pipe.stream(request, on_step=on_step, **pictures, **_given(**moves)):
+                for result in pipe.stream(one, on_step=on_step, **pictures, **_given(**moves)):
                     for picture in result.pictures[len(paths) :]:
-                        paths.append(output.save(picture, request.count))
+                        paths.append(output.save(picture, total))
                         if not as_json:
                             _print_path(paths[-1])
             finally:
                 if save_latents is not None and last and not paths:
                     _print_path(state.save(last[-1], save_latents))
+            results.append(result)
+            _conclude(result, paths, pipe.about, as_json=as_json, quiet=quiet)
+    if grid is not None and any(result.pictures for result in results):
+        made = grids.save(grid, results, grid_columns)
+        if not as_json:
+            _print_path(made)
+
+
+def _conclude(
+    result: Result, paths: Sequence[Path], about: dict[str, str], *, as_json: bool, quiet: bool
+) -> None:
+    """What is said of a run when its pictures are saved."""
+    from .engine.describe import timing_line
+
     for warning in result.warnings:
         _say(f"warning: {warning}")
     if not quiet:
-        _say(timing_line(result.timings, pipe.about))
+        _say(timing_line(result.timings, about))
     if as_json:
         _print_json(
             {
@@ -410,7 +452,7 @@ def run(
                     for path, picture in zip(paths, result.pictures, strict=True)
                 ],
                 "request": result.request.to_dict(),
-                "about": pipe.about,
+                "about": about,
                 "timings": vars(result.timings),
                 "warnings": result.warnings,
             }
