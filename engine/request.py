@@ -228,7 +228,7 @@ class Request:
         return {**columns, **own, **{k: v for k, v in chosen.items() if v is not None}}
 
     def completed(self, task: str, native_size: tuple[int, int] | None) -> Request:
-        """Nothing left open: the task's defaults, the sampler's schedule, a drawn seed.
+        """Nothing left open: the task's defaults, the sampler's schedule and eta, a drawn seed.
 
         native_size     (height, width); None for a task whose picture brings its own
         raises          RequestError for a field that the task has no use for
@@ -259,6 +259,7 @@ class Request:
             eta=solver.default_eta if whole.eta is None else whole.eta,
             schedule=self._schedule_of(whole),
             steps=self._steps_of(whole),
+            eta=self._eta_of(whole),
             noise="torch" if whole.noise is None else whole.noise,
             seed=secrets.randbelow(SEED_END - self.count) if self.seed is None else self.seed,
         )
@@ -269,6 +270,13 @@ class Request:
             return None
         assert whole.sampler is not None
         return solvers.find(whole.sampler).schedule if whole.schedule is None else whole.schedule
+
+    @staticmethod
+    def _eta_of(whole: Request) -> float | None:
+        """The sampler's own, where it takes one and none is asked for."""
+        assert whole.sampler is not None
+        solver = solvers.find(whole.sampler)
+        return solver.default_eta if solver.eta and whole.eta is None else whole.eta
 
     @staticmethod
     def _steps_of(whole: Request) -> int | None:

@@ -69,6 +69,14 @@ def test_what_is_open_takes_the_tasks_default():
     assert Request(strength=0.0).completed("img2img", None).strength == 0.0
 
 
+@pytest.mark.parametrize(("sampler", "eta"), [("ddim", 0.0), ("euler_a", 1.0), ("plms", None)])
+def test_eta_is_the_samplers_own(sampler, eta):
+    """A picture's file names it; DDIM's is 0, an ancestral sampler's 1 (docs/samplers.md)."""
+    assert Request(sampler=sampler).completed("txt2img", (64, 64)).eta == eta
+    if eta is not None:
+        assert Request(sampler=sampler, eta=0.25).completed("txt2img", (64, 64)).eta == 0.25
+
+
 def test_the_references_defaults_by_name():
     """reference-spec 3.12, and its own sampler and spacing; another sampler brings its own."""
     old = Request(compat="reference").completed("depth2img", None)
