@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -176,6 +177,16 @@ def preset_precision(bundle: Bundle, backend: str, probe: Probe, preset: str) ->
     proved = bundle.targets[backend].precisions if backend in bundle.targets else ()
     possible = wanted == "int8" or (wanted in probe.precisions and wanted in (*proved, "f32"))
     return wanted if possible else "f32"
+
+
+def preset_quality(path: Path) -> dict[str, Any] | None:
+    """What each preset costs and loses on an embedded model: measured by bench/presets_quality.py,
+    kept beside the bundle. None for a bundle that nobody measured."""
+    file = path.with_name(f"{path.name}.presets.json")
+    if not file.is_file():
+        return None
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return found
 
 
 class EngineSessions:

@@ -438,12 +438,13 @@ def _conclude(
     result: Result, paths: Sequence[Path], about: dict[str, str], *, as_json: bool, quiet: bool
 ) -> None:
     """What is said of a run when its pictures are saved."""
-    from .engine.describe import timing_line
+    from .engine.describe import cost_line, timing_line
 
     for warning in result.warnings:
         _say(f"warning: {warning}")
     if not quiet:
         _say(timing_line(result.timings, about))
+        _say(cost_line(result.request.preset, result.cost, len(result.timings.rows)))
     if as_json:
         _print_json(
             {
@@ -453,6 +454,7 @@ def _conclude(
                 ],
                 "request": result.request.to_dict(),
                 "about": about,
+                "cost": result.cost,
                 "timings": vars(result.timings),
                 "warnings": result.warnings,
             }
@@ -572,14 +574,17 @@ def inspect(
     if path.is_file():
         _inspect_picture(path, as_json)
         return
+    from .api import preset_quality
     from .engine.bundle import open_bundle
-    from .engine.describe import bundle_facts, bundle_lines
+    from .engine.describe import bundle_facts, bundle_lines, preset_lines
 
-    bundle = open_bundle(path, verify=verify)
+    bundle, presets = open_bundle(path, verify=verify), preset_quality(path)
     if as_json:
-        _print_json({**bundle_facts(bundle), "verified": verify})
-    else:
-        typer.echo("\n".join(bundle_lines(bundle, verified=verify)))
+        _print_json({**bundle_facts(bundle), "verified": verify, "presets": presets})
+        return
+    typer.echo("\n".join(bundle_lines(bundle, verified=verify)))
+    if presets is not None:
+        typer.echo("\n".join(preset_lines(presets)))
 
 
 @app.command(

@@ -221,6 +221,27 @@ def table(rows: Iterable[tuple[str, str]]) -> Iterator[str]:
         yield f"  {name:<{width}}  {value}".rstrip()
 
 
+def preset_lines(measured: Mapping[str, Any]) -> Iterator[str]:
+    """The presets of a measured model: cost, and distance from `reference`."""
+    yield ""
+    yield f"presets, against {measured['against']}, {measured['prompts']} prompts"
+    yield from table(
+        (
+            row["preset"],
+            f"{row['cost']:.3g} whole network calls; PSNR {row['psnr_median']:.1f} dB, worst"
+            f" {row['psnr_worst']:.1f}; SSIM {row['ssim_median']:.3f};"
+            f" GMSD {row['gmsd_median']:.3f}",
+        )
+        for row in measured["rows"]
+    )
+
+
+def cost_line(preset: str | None, cost: float, calls: int) -> str:
+    """`preset balanced: 12 network calls, as much as 7.3 whole ones for each picture`"""
+    who = "no preset" if preset is None else f"preset {preset}"
+    return f"{who}: {calls} network calls, as much as {cost:.3g} whole ones for each picture"
+
+
 def timing_line(timings: Timings, about: Mapping[str, str]) -> str:
     """`load 1.9 s   text 11 ms   denoise 25 x 14.2 ms   decode 38 ms   total 2.3 s   torch f32`"""
     row = fmean(timings.rows) if timings.rows else 0.0

@@ -66,9 +66,10 @@ def plan(
     side = _side(asked, latent.multiple, "tile")
     own = _side(unet, latent.multiple, "tile of the UNet")
     unet_asked = own if own is not None else side if upscaler else None
-    if asked == "off" or side is not None or available is None:
+    known = "ch" in bundle.component("vae_decoder").config
+    if asked == "off" or side is not None or available is None or not known:
         as_asked = asked not in (None, "auto")
-        reason = f"tiles as asked: {asked}" if as_asked else "available memory is not known"
+        reason = f"tiles as asked: {asked}" if as_asked else "what memory it takes is not known"
         return Plan(_cut(side, h, w), _cut(unet_asked, h, w), reason)
     budget = int(available * SHARE)
     vae = _fit(lambda a, b: vae_bytes(bundle, a, b, scores), h, w, latent.multiple, budget, "VAE")

@@ -253,10 +253,8 @@ class Request:
                 height=height if self.height is None else self.height,
             )
         assert whole.sampler is not None
-        solver = solvers.find(whole.sampler)
         return replace(
             whole,
-            eta=solver.default_eta if whole.eta is None else whole.eta,
             schedule=self._schedule_of(whole),
             steps=self._steps_of(whole),
             eta=self._eta_of(whole),
