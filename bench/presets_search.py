@@ -41,9 +41,11 @@ from ..engine.schedule import Training
 from ..engine.spec import Precision
 from ..engine.table import Table
 from ..engine.tokenizer import Tokenizer
+from . import quality
 
 SUBJECTS = Path(__file__).parents[1] / "models" / "recipe" / "subjects.txt"
 REFERENCE = Preset("f32", 50, "dpmpp_2m")
+MOST = 99.0  # dB, of equal pictures: JSON has no infinity
 NEARBY = 0.7  # of the first round's settings: one knob away from the front
 NEAR_DB = 1.0  # how far below the front a setting of the first round may lie
 STEPS = (6, 8, 10, 12, 14, 16, 18, 20, 25)
@@ -139,29 +141,28 @@ class Found:
         return cls(Preset(**knobs), line["cost"], tuple(line["psnr_db"]))
 
 
-def settings(
-    drawer: Drawer, samplers: Sequence[str], precision: Precision, limit: float
-) -> dict[Knobs, tuple[Preset, float]]:
-    """All settings of at most this cost, each once, with their cost."""
-    found: dict[Knobs, tuple[Preset, float]] = {}
-    costs = costs_of(drawer.bundle.components["unet"])
+def settings(costs: Mapping[str, float], samplers: Sequence[str]) -> dict[Knobs, None]:
+    """All combinations of knobs, each once; some of them no solver can run."""
     cuts = sorted(int(n.removeprefix("shallow")) for n in costs if n.startswith("shallow"))
     spacings = [n for n in schedule.SCHEDULES if n != "reference"]  # which is `leading`
     caches: tuple[int | str, ...] = CACHES if cuts else (1,)
     lists = (samplers, spacings, STEPS, caches, cuts or [0], INTERVALS)
-    for sampler, spacing, steps, cache, cut, interval in itertools.product(*lists):
-        if cache == 1 and cut != 0:
-            continue  # the same as another one
-        preset = Preset(precision, steps, sampler, spacing, 1, cut, interval)
-        try:
-            rows = len(drawer.table(preset))
-            preset = replace(preset, cache=_rows(cache, rows))
-            price = cost(drawer.table(preset), costs)
-        except RequestError:
-            continue  # this solver has no such schedule, or no such number of steps
-        if price <= limit:
-            found[sampler, spacing, steps, cache, cut, interval] = preset, price
-    return found
+    # without a cache the cut says nothing
+    return {k: None for k in itertools.product(*lists) if k[3] != 1 or k[4] == 0}
+
+
+def priced(
+    drawer: Drawer, costs: Mapping[str, float], knobs: Knobs, precision: Precision, limit: float
+) -> tuple[Preset, float] | None:
+    """The preset of these knobs and its cost; None where no solver has them, or above the limit."""
+    sampler, spacing, steps, cache, cut, interval = knobs
+    preset = Preset(precision, steps, sampler, spacing, 1, cut, interval)
+    try:
+        preset = replace(preset, cache=_rows(cache, len(drawer.table(preset))))
+        price = cost(drawer.table(preset), costs)
+    except RequestError:
+        return None
+    return (preset, price) if price <= limit else None
 
 
 def one_away(knobs: Knobs, others: Mapping[Knobs, Any]) -> list[Knobs]:
@@ -232,7 +233,8 @@ def search(args: argparse.Namespace) -> list[Found]:
         if (preset, count) in known:
             return known[preset, count]
         values = [
-            psnr(drawer.draw(preset, prompts[i], args.seed + i), wanted[i]) for i in range(count)
+            min(MOST, quality.psnr(drawer.draw(preset, prompts[i], args.seed + i), wanted[i]))
+            for i in range(count)
         ]
         found = known[preset, count] = Found(preset, price, tuple(values))
         with args.out.open("a", encoding="utf-8") as file:
@@ -240,13 +242,18 @@ def search(args: argparse.Namespace) -> list[Found]:
         return found
 
     samplers = args.samplers.split(",") if args.samplers else list(solvers.SOLVERS)
-    todo = settings(drawer, samplers, args.precision, args.limit)
+    costs = costs_of(bundle.components["unet"])
+    todo = settings(costs, samplers)
     chance = random.Random(args.seed)
     tried: dict[Found, Knobs] = {}
     while todo and time.monotonic() < deadline - 60 * args.minutes * args.last_round:
         near = [k for one in front(tried) for k in one_away(tried[one], todo)]
         knobs = chance.choice(near if near and chance.random() < NEARBY else list(todo))
-        found = measure(*todo.pop(knobs), min(args.first, len(prompts)))
+        todo.pop(knobs)
+        setting = priced(drawer, costs, knobs, args.precision, args.limit)
+        if setting is None:
+            continue
+        found = measure(*setting, min(args.first, len(prompts)))
         tried[found] = knobs
         _say(f"first round {len(tried)} of {len(tried) + len(todo)}")
     last: list[Found] = []

@@ -6,7 +6,15 @@ import json
 
 import pytest
 
-from sdengine.bench.presets_search import Found, front, one_away, promising, prompts_of, psnr, read
+from sdengine.bench.presets_search import (
+    Found,
+    front,
+    one_away,
+    promising,
+    prompts_of,
+    read,
+    settings,
+)
 from sdengine.engine.errors import RequestError
 from sdengine.engine.presets import Preset
 
@@ -63,9 +71,10 @@ def test_prompts_are_the_first_phrases(tmp_path):
     assert prompts_of(file, 1) == ["a grinning face"]
 
 
-def test_psnr_in_closed_form():
-    import numpy as np
-
-    grey = np.full((4, 4, 3), 100, np.uint8)
-    assert psnr(grey, grey) == 99.0
-    assert psnr(grey, grey + np.uint8(1)) == pytest.approx(48.1308, abs=1e-3)
+def test_every_combination_of_knobs_stands_once():
+    todo = settings({"full": 1.0, "deep": 1.0, "shallow0": 0.1, "shallow2": 0.7}, ["ddim", "plms"])
+    assert len(todo) == len(set(todo)) > 1000
+    assert {k[0] for k in todo} == {"ddim", "plms"}
+    assert {k[4] for k in todo} == {0, 2}
+    assert all(k[4] == 0 for k in todo if k[3] == 1)  # without a cache the cut says nothing
+    assert {k[3] for k in settings({"full": 1.0}, ["ddim"])} == {1}  # no shallow graph, no cache
