@@ -56,6 +56,7 @@ SIGNATURES: Mapping[str, tuple[frozenset[str], frozenset[str]]] = {
     "vae_decoder": (frozenset({"latent"}), frozenset({"image"})),
     "depth": (frozenset({"image"}), frozenset({"depth"})),
     "image_encoder": (frozenset({"pixels"}), frozenset({"embedding"})),
+    "safety": (frozenset({"image"}), frozenset({"unsafe"})),
 }
 # In the weights of `image_encoder`, where `image_conditioning` says that there are statistics:
 # float32 [embedding], mean and deviation of the embeddings that the model was trained on.

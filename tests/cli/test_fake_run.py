@@ -145,3 +145,46 @@ def test_what_is_refused(
     assert last.startswith(b"hint: ")
     assert hint in last
     assert os.listdir(tmp_path) == []
+
+
+def test_a_run_is_stopped_saved_and_gone_on_with(command: list[str], tmp_path: Path) -> None:
+    asked = ["--prompt", "fox", "--seed", "7", "--sampler", "euler_a"]
+    whole = shell(command, *asked, "--out", "whole.png", cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    saving = ["--stop-after", "2", "--save-latents", "run.latents"]
+    stopped = shell(command, *asked, *saving, cwd=tmp_path)
+    assert stopped.returncode == 0, stopped.stderr
+    assert stopped.stdout == b"run.latents\n"
+    assert not list(tmp_path.glob("fox*.png"))
+    resume = [*command[: command.index("--steps")], "--from-latents", "run.latents"]
+    shell(resume, "--out", "again.png", cwd=tmp_path)
+    assert (tmp_path / "again.png").read_bytes() == (tmp_path / "whole.png").read_bytes()
+    other = shell(resume, "--guidance", "3", cwd=tmp_path)
+    assert other.returncode == 2
+    assert b"guidance is 7.5 there, 3.0 here" in other.stderr
+
+
+def test_stopping_without_a_place_to_save_is_refused(command: list[str], tmp_path: Path) -> None:
+    result = shell(command, "--stop-after", "2", cwd=tmp_path)
+    assert result.returncode == 2
+    assert b"--save-latents run.latents" in result.stderr
+
+
+def test_a_picture_is_repeated_from_itself(command: list[str], tmp_path: Path) -> None:
+    Image.new("RGB", (128, 64), "teal").save(tmp_path / "in.png")
+    asked = ["--image", "in.png", "--strength", "0.7", "--seed", "5", "--out", "first.png"]
+    assert shell(command, *asked, cwd=tmp_path).returncode == 0
+    again = [*command[: command.index("--steps")], "--from", "first.png"]
+    result = shell(again, "--out", "second.png", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "first.png").read_bytes() == (tmp_path / "second.png").read_bytes()
+    changed = shell(again, "--seed", "6", "--out", "third.png", cwd=tmp_path)
+    assert changed.returncode == 0, changed.stderr
+    assert (tmp_path / "third.png").read_bytes() != (tmp_path / "first.png").read_bytes()
+
+
+def test_a_preview_is_written_while_it_runs(command: list[str], tmp_path: Path) -> None:
+    result = shell(command, "-p", "fox", "--preview", "2", "--out", "x.png", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    with Image.open(tmp_path / "x.preview.png") as image:
+        assert image.size == (128, 64)
