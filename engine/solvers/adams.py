@@ -42,13 +42,17 @@ def plms(schedule: Schedule, prediction: Prediction) -> Table:
     """PLMS: fourth-order Adams-Bashforth on the noise; one call more than there are levels.
 
     The first step is an improved Euler step: row 0 goes there, row 1 goes again from the same x
-    with the mean of both noises. Only row 0's noise enters the later history.
+    with the mean of both noises. Only row 0's noise enters the later history. With one level there
+    is no further one to be told of: one Euler step, as diffusers; the reference asks a second time
+    at the level that x has left.
     source      Liu et al. 2022, arXiv:2202.09778, with the reference's start
     """
     rows, r, steps = Rows(schedule, "noise"), schedule.ratios.tolist(), len(schedule)
     h = [after - before for before, after in pairwise(r)]
     rows.at(0, m={0: h[0]})
-    time = float(schedule.timesteps[min(1, steps - 1)])
+    if steps == 1:
+        return rows.table(prediction)
+    time = float(schedule.timesteps[1])
     rows.at(1, x={1: 1.0}, m={0: h[0] / 2, 1: h[0] / 2}, time=time)
     for i in range(1, steps):
         row, weights = i + 1, _EVEN[min(i + 1, 4)]
