@@ -25,6 +25,10 @@ from .table import Table
 from .tasks import Task, Work
 from .tasks.work import Statistics
 
+# A picture with so many times the pixels of the model's own size, or so few, is warned of: 768x768
+# for a model of 512x512 and the other way round, but not 512x768.
+UNUSUAL = 2.0
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -65,6 +69,8 @@ def set_up(
     )
     if plan.vae_tile is not None or plan.unet_tile is not None:
         warnings.append(plan.reason)
+    if task.name != "upscale":
+        _say_unusual(canvas.size, facts, warnings)
     height, width = canvas.size
     if not task.placed or request.width is not None or request.height is not None:
         request = replace(request, height=height, width=width)
@@ -178,6 +184,18 @@ def _canvas(
     return canvas
 
 
+def _say_unusual(size: tuple[int, int], facts: ModelFacts, warnings: list[str]) -> None:
+    """What a size far from the training's does to a picture (reference-spec 8)."""
+    (height, width), (tall, wide) = size, facts.native_size
+    times = height * width / (tall * wide)
+    if 1 / UNUSUAL <= times <= UNUSUAL:
+        return
+    what = "repeat what is on it" if times > 1 else "look coarse or cut off"
+    warnings.append(
+        f"{facts.name} was trained at {wide}x{tall}: a picture of {width}x{height} may {what}"
+    )
+
+
 def _mask(request: Request, given: Given, canvas: Canvas) -> PlacedMask:
     assert given.mask is not None
     assert canvas.placed is not None
@@ -203,9 +221,15 @@ def _levels(task: Task, facts: ModelFacts, request: Request, warnings: list[str]
         levels = schedule.make(request.schedule, training, request.steps)
     if len(levels) != request.steps:
         warnings.append(f"schedule {levels.name!r} runs {len(levels)} steps, not {request.steps}")
-    if request.strength is None:
-        return levels
-    return shortened(levels, request.strength, task.name, request)
+    if request.strength is not None:
+        levels = shortened(levels, request.strength, task.name, request)
+    if levels.start_scale == 0.0 and levels.timesteps[0] < training.timesteps / 2:
+        warnings.append(
+            f"schedule {levels.name!r} in {len(levels)} steps begins at timestep"
+            f" {levels.timesteps[0]:g}, where a model expects a picture, with noise alone: take"
+            " more steps, or --schedule trailing"
+        )
+    return levels
 
 
 def shortened(levels: Schedule, strength: float, task: str, request: Request) -> Schedule:
