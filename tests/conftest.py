@@ -219,3 +219,11 @@ def handmade():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    """File names that are not text reach the captured log; between processes a report must be."""
+    outcome = yield
+    report = outcome.get_result()
+    report.sections = [(n, t.encode("utf-8", "replace").decode()) for n, t in report.sections]
