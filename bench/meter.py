@@ -77,6 +77,10 @@ class Watched:
         self._add("bind", start)
         return Watched(bound, self._noted, self._component, self._dims)
 
+    def graph(self, name: str) -> Session:
+        own = self._component if name == "full" else f"{self._component}/{name}"
+        return Watched(self._session.graph(name), self._noted, own, self._dims)
+
     def _add(self, what: str, start: float) -> None:
         call = Call(self._component, what, self._dims, perf_counter() - start)
         self._noted.append(call)

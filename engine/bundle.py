@@ -774,7 +774,8 @@ def _check_statistics(file: Path, width: int) -> None:
     stored = read_header(file)
     for name in STATISTICS:
         if name not in stored or (stored[name].dtype, stored[name].shape) != ("F32", (width,)):
-            found = f"{stored[name].dtype} {stored[name].shape}" if name in stored else "nothing"
+            here = stored.get(name)
+            found = "nothing" if here is None else f"{here.dtype} {list(here.shape)}"
             raise CorruptPart(
                 f"{file}: the manifest promises {name}, float32 [{width}]; found {found}",
                 hint="export the model again, with --embedding-stats FILE",

@@ -64,7 +64,15 @@ def companion_configs(
                 hint="give the whole model file, or the diffusers folder of a "
                 "StableUnCLIPImg2ImgPipeline, which holds image_encoder",
             )
-        return {"image_encoder": image_config(shapes, stated.get("image_encoder", {}), variant)}
+        tower = image_config(shapes, stated.get("image_encoder", {}), variant)
+        vector = shape_of(shapes, "model.diffusion_model.label_emb.0.0.weight")[1]
+        if vector != 2 * tower["embedding"]:
+            raise TensorMismatch(
+                f"the UNet takes a class vector of {vector}, and the image tower gives an "
+                f"embedding of {tower['embedding']}; expected {vector // 2}",
+                hint="the tower is of another model; give the files that belong together",
+            )
+        return {"image_encoder": tower}
     return {}
 
 

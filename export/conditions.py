@@ -49,7 +49,8 @@ def picture(height: int, width: int) -> Array:
     result = np.where(y > 0.6, ground, sky)
     result = np.where((y - 0.45) ** 2 + (x - 0.5) ** 2 < 0.05, disc, result)
     grain = np.random.default_rng(1).standard_normal(result.shape, np.float32)
-    return np.clip(2 * result + 0.05 * grain - 1, -1, 1)[None].astype(np.float32)
+    drawn: Array = np.clip(2 * result + 0.05 * grain - 1, -1, 1)[None].astype(np.float32)
+    return drawn
 
 
 def hole(sides: Sides) -> Array:
@@ -86,7 +87,8 @@ def depth(found: Array | None) -> Conditions:
         low, high = d.min(), d.max()
         # A network without training may see nothing but flatness.
         span = high - low if high > low else np.float32(1)
-        return 2 * (d - low) / span - 1
+        scaled: Array = 2 * (d - low) / span - 1
+        return scaled
 
     return Conditions(channels)
 
@@ -101,7 +103,8 @@ def low_scale(facts: ModelFacts) -> Conditions:
     def channels(at: Sides) -> Array:
         noise = np.random.default_rng(2).standard_normal((1, 3, *at))
         noised = kept**0.5 * picture(*at) + (1 - kept) ** 0.5 * noise
-        return noised.astype(np.float32)
+        small: Array = noised.astype(np.float32)
+        return small
 
     return Conditions(channels, {"class_labels": np.full(2, LEVEL, np.int64)})
 

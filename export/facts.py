@@ -114,10 +114,14 @@ def _companion_facts(
 ) -> dict[str, Any]:
     if variant == "x4-upscaler":
         said = stated.low_scale
-        betas = {n: said.get(n) for n in ("beta_start", "beta_end", "timesteps")}
         buffer = tensors.get("low_scale_model.betas")
-        own = {} if buffer is None else {"betas": buffer}
-        schedule = schedule_facts(replace(stated, **betas), variant, own)
+        small = replace(
+            stated,
+            beta_start=said.get("beta_start"),
+            beta_end=said.get("beta_end"),
+            timesteps=said.get("timesteps"),
+        )
+        schedule = schedule_facts(small, variant, {} if buffer is None else {"betas": buffer})
         return {"low_scale": low_scale_facts(schedule, said, schedule.timesteps)}
     if "image_encoder" in configs:
         tower = configs["image_encoder"]

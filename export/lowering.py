@@ -399,7 +399,7 @@ def _layer_norm(g: Lowering, node: fx.Node) -> ir.Value:
     if weight is None:
         (width,) = normalized
         weight = g.constant(np.ones(width, np.float32), f"ones_{width}")
-        # optional in ONNX, but ONNX Runtime 1.32 crashes without it where it fuses the transpose
+        # Optional to ONNX; ONNX Runtime 1.32 crashed on a graph without it.
         bias = g.constant(np.zeros(width, np.float32), f"zeros_{width}")
     return g.emit("LayerNormalization", [x, weight, bias], axis=-len(normalized), epsilon=eps)
 

@@ -281,23 +281,23 @@ class Readout(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.project = nn.Sequential(nn.Linear(2 * width, width), nn.GELU())
+        self.project = nn.Sequential(nn.Linear(2 * width, width))
 
     def forward(self, x: Tensor) -> Tensor:
         # Linear(concat(token, class)) as the sum of its two halves: the class token's is computed
         # once a picture instead of once a token.
-        linear, gelu = self.project
+        linear = self.project[0]
+        assert isinstance(linear, nn.Linear), "as it was built"
         token, first = linear.weight.chunk(2, dim=1)
-        out: Tensor = gelu(F.linear(x[:, 1:], token) + F.linear(x[:, :1], first, linear.bias))
-        return out
+        return F.gelu(F.linear(x[:, 1:], token) + F.linear(x[:, :1], first, linear.bias))
 
 
-class Reassemble(nn.Sequential):
+class Reassemble(nn.ModuleList):
     """Tokens back to a map, [B, 1 + hw, C] -> [B, c_out, h, w]; the coarsest one is halved once
     more. The places 1 and 2 are the original's transposition and unflattening."""
 
     def __init__(self, width: int, halved: bool) -> None:
-        super().__init__(Readout(width), nn.Identity(), nn.Identity(), nn.Conv2d(width, width, 1))
+        super().__init__([Readout(width), nn.Identity(), nn.Identity(), nn.Conv2d(width, width, 1)])
         if halved:
             self.append(nn.Conv2d(width, width, 3, stride=2, padding=1))
 

@@ -228,7 +228,7 @@ def test_the_embedded_model(monkeypatch, tmp_path):
     assert row["quality"]["equal"] == 4, "it is its own reference, over four prompts"
     unet = next(p for p in row["components"] if (p["component"], p["what"]) == ("unet", "run"))
     # guided: both halves in one call, 64 / 8 cells a side, one call a step
-    assert (unet["dims"], unet["calls"]) == ({"B": 2, "h": 8, "w": 8}, 2)
+    assert (unet["dims"], unet["calls"]) == ({"B": 2, "T": 77, "h": 8, "w": 8}, 2)
     assert 0 < unet["share"] < 1.5, "of the rate of matrix products, measured beside it"
     start = row["cold_start"]
     assert start["import_s"] < start["to_first_step_s"] < start["to_first_picture_s"]

@@ -72,7 +72,7 @@ def test_specs_of_the_variants(variant, channels, labels, golden_file):
     assert unet.inputs == (
         TensorSpec("sample", "float32", ("B", channels, "h", "w")),
         TensorSpec("timestep", "float32", ("B",)),
-        TensorSpec("encoder_hidden_states", "float32", ("B", 77, 1024)),
+        TensorSpec("encoder_hidden_states", "float32", ("B", "T", 1024)),
         *labels,
     )
     assert unet.outputs == (TensorSpec("out_sample", "float32", ("B", 4, "h", "w")),)

@@ -127,7 +127,7 @@ def test_guidance_in_tiles_binds_once_and_gives_each_tile_its_own_channels(rng, 
     expected = Guidance(whole.open, *text, conditions)(x, row(guidance))
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
     assert tiles.bound == 1
-    assert tiles.opened == [("unet", {"B": 2 if guidance == 1 else 4, "h": 16, "w": 16})]
+    assert tiles.opened == [("unet", {"B": 2 if guidance == 1 else 4, "T": 77, "h": 16, "w": 16})]
 
 
 def vae(component, dims):
