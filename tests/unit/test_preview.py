@@ -44,12 +44,13 @@ def test_it_never_fails(value):
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v"])
-@pytest.mark.parametrize("name", solvers.SOLVERS)
+# what draws noise of its own leaves the line
+@pytest.mark.parametrize(
+    "name", [n for n, s in solvers.SOLVERS.items() if not (s.noisy or s.default_eta)]
+)
 def test_an_exact_network_has_its_picture_in_mind_at_every_row(name, prediction):
     """Closed form: x = alpha c + sigma e, whatever the prediction and the solver's quantity."""
     table = solvers.make(name, schedule.make("leading", TRAINING, 7), prediction)
-    if table.n.any():
-        table = replace(table, n=np.zeros_like(table.n))  # fresh noise is not the network's
     c, e = np.random.default_rng(2).standard_normal((2, 1, 4, 3, 3))
 
     def predict(x, row):
