@@ -69,7 +69,7 @@ def sizes(name: str, batch: int = 2, h: int = 8, w: int = 16) -> dict[str, int]:
     """Not square, so that swapped axes show."""
     return {
         "text_encoder": {"B": batch},
-        "unet": {"B": batch, "h": h, "w": w},
+        "unet": {"B": batch, "T": 77, "h": h, "w": w},
         "vae_encoder": {"B": batch, "H": 8 * h, "W": 8 * w},
         "vae_decoder": {"B": batch, "h": h, "w": w},
     }[name]

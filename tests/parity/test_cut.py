@@ -67,7 +67,7 @@ def built(request, tmp_path_factory):
         lambda: UNet(config),
         {"h": 2, "w": 2},
         ("encoder_hidden_states",),
-        _features(config),
+        _features(config, (0, 1)),
         NATIVE,
     )
     place = Place(folder, sha256_of(folder / WEIGHTS))

@@ -175,7 +175,9 @@ def test_every_graph_is_judged_and_a_bad_one_is_named(mini_bundle, mini_parts, o
     unet, part = open_bundle(mini_bundle).components["unet"], mini_parts["unet"]
     random = np.random.default_rng(2)
     feeds = {
-        t.name: random.standard_normal(t.resolve({"B": 2, "h": 8, "w": 8})).astype(np.float32)
+        t.name: random.standard_normal(t.resolve({"B": 2, "T": 77, "h": 8, "w": 8})).astype(
+            np.float32
+        )
         for t in unet.spec.inputs
     }
     with loaded(part, unet.weights) as network:
