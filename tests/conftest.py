@@ -154,7 +154,7 @@ def tiny_bundle(make_checkpoint, exported_once) -> Path:
     from sdengine.export.checkpoint import open_checkpoint
 
     def make(out: Path) -> None:
-        export_bundle(open_checkpoint(make_checkpoint("base")), out, cuts=())
+        export_bundle(open_checkpoint(make_checkpoint("base")), out, cuts=(0, 1, 2))
 
     return exported_once("tiny", make)
 

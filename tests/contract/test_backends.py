@@ -393,7 +393,7 @@ WRONG = {
     "shape": (
         lambda f: f.update(sample=f["sample"][:1]),
         "'sample' has shape [1, 4, 8, 16], expected [2, 4, 8, 16]",
-        "f32 B2 h8 w16",
+        "f32 B2 T77 h8 w16",
     ),
     "rank": (
         lambda f: f.update(timestep=f["timestep"][:, None]),
@@ -474,7 +474,9 @@ def test_close(backend, components):
     session(feeds)  # a view's end is not the network's
     session.close()
     for closed, given in ((session, feeds), (other, rest), (view, rest)):
-        with pytest.raises(SessionClosed, match=f"unet .{backend.name}, f32 B2 h8 w16") as caught:
+        with pytest.raises(
+            SessionClosed, match=f"unet .{backend.name}, f32 B2 T77 h8 w16"
+        ) as caught:
             closed(given)
         assert "load it again" in caught.value.hint
         with pytest.raises(SessionClosed):
