@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"{json.dumps(rows[-1])}\n")
     content = {
         "command": "python -m sdengine.bench.presets_quality "
-        + " ".join(f"--{k} {v}" for k, v in vars(args).items()),
+        + " ".join(f"--{k} {v.name if k == 'out' else v}" for k, v in vars(args).items()),
         "against": "reference: float32, 25 steps of dpmpp_2m, same seeds",
         "prompts": len(prompts),
         "guidance": args.guidance,
