@@ -13,12 +13,12 @@ from PIL import Image
 
 from . import presets, safety, tasks, textplan
 from .batch import Batch
-from .bundle import Bundle
+from .bundle import STATISTICS, Bundle
 from .clock import Metered, stage
 from .errors import RequestError
 from .finish import Finisher, Picture
 from .given import Given
-from .loop import denoise
+from .loop import State, denoise
 from .noise import VariedNoise, noise_stream
 from .ports import Floats, Sessions
 from .request import Progress, Request, Timings
@@ -153,7 +153,8 @@ class Pipeline:
                 texts = self._encode(sessions, request, table, result.warnings)
             with stage(timings, "prepare"):
                 begin = task.prepare(work)
-            about = {**self.about, **given.about(), "cost": f"{result.cost:.4g}"}
+            sources = given.about()
+            about = {**self.about, **sources, "cost": f"{result.cost:.4g}"}
             finish = Finisher(work, about, self._classifier, result.warnings)
         for first in range(0, request.count, request.batch_size):
             with _running(timings):
@@ -162,24 +163,25 @@ class Pipeline:
                 with stage(timings, "prepare"):
                     begun = [begin(own) for own in streams]
                 batch = Batch(
-                    self.bundle.id, work, first, streams, begun, texts, given.about(), setting.plan
+                    self.bundle.id, work, first, streams, begun, texts, sources, setting.plan
                 )
                 start = batch.start(sessions, control.resume)
+                x, done = (start.x, start.rows) if isinstance(start, State) else (start, 0)
                 with stage(timings, "denoise"):
                     last = perf_counter()
                     for step in denoise(table, batch.predict, start, batch.noise, batch.settle):
-                        now = perf_counter()
+                        x, done, now = step.x, step.row.index + 1, perf_counter()
                         timings.rows.append(now - last)
                         if control.on_state is not None:
                             control.on_state(batch.saved(step))
                         if control.on_step is not None:
                             control.on_step(batch.progress(step, now - last))
-                        if step.row.index + 1 == control.stop_after:
+                        if done == control.stop_after:
                             break
                         last = perf_counter()
-                if step.row.index + 1 == len(table):
+                if done == len(table):
                     with stage(timings, "decode"):
-                        for k, latent in enumerate(step.x):
+                        for k, latent in enumerate(x):
                             result.pictures.append(finish(first + k, latent))
             yield result
             if control.stop_after is not None or control.resume is not None:
@@ -231,9 +233,8 @@ def _statistics(bundle: Bundle) -> Statistics:
     conditioning = bundle.facts.image_conditioning
     if conditioning is None or not conditioning.statistics:
         return None, None
-    names = ("noise_augmentor.data_mean", "noise_augmentor.data_std")
-    found = read_tensors(bundle.component("image_encoder").weights, names)
-    mean, std = (found[name] for name in names)
+    found = read_tensors(bundle.component("image_encoder").weights, STATISTICS)
+    mean, std = (found[name] for name in STATISTICS)
     return mean, std
 
 

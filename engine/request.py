@@ -12,6 +12,7 @@ from . import noise, presets, schedule, solvers
 from .errors import RequestError, UnknownName
 from .guidance import Halves
 from .images import Pixels
+from .inputs import RESIZES
 
 SEED_END = 2**32
 MIN_SIDE, MAX_SIDE = 16, 4096
@@ -294,14 +295,7 @@ class Request:
         varied = self.variation_seed + index
         return replace(self, variation_seed=varied, count=1, batch_size=1)
 
-    def seed_of(self, index: int) -> int:
-        """The seed of picture number `index` of a completed request."""
-        seed = self.own(index).seed
-        assert seed is not None
-        return seed
 
-
-RESIZES = ("stretch", "fit", "fill")
 SAFETY = ("off", "mark", "block")
 _FLAGS = ("invert_mask", "paste", "watermark", "zero_snr", "prompt_weights", "long_prompt")
 _ONLY_SOME = {"strength": "strength", "noise_level": "noise level"}

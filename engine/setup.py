@@ -9,6 +9,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from PIL import Image
 
 from . import canvas as canvases
 from . import columns, memory, presets, schedule, solvers
@@ -60,8 +61,11 @@ def set_up(
     warnings: list[str] = []
     facts = bundle.facts
     _check_extras(task, facts, request, given)
-    canvas = _canvas(task, facts, request, given, warnings)
-    mask = _mask(request, given, canvas) if task.mask else None
+    picture = None
+    if task.placed:
+        picture = open_picture(given.images[0], background=request.background)
+    canvas = _canvas(task, facts, request, picture, warnings)
+    mask = _mask(request, given, canvas, picture) if task.mask else None
     graphs = bundle.component("unet").graphs
     table = _table(task, facts, request, graphs, warnings)
     plan = memory.plan(
@@ -145,16 +149,20 @@ def _check_extras(task: Task, facts: ModelFacts, request: Request, given: Given)
 
 
 def _canvas(
-    task: Task, facts: ModelFacts, request: Request, given: Given, warnings: list[str]
+    task: Task,
+    facts: ModelFacts,
+    request: Request,
+    picture: Image.Image | None,
+    warnings: list[str],
 ) -> Canvas:
     """Where the picture lies: the size that was asked for or the picture's own, rounded up to what
     the network takes."""
     latent = facts.latent
-    if task.placed:
+    if picture is not None:
         scale = latent.factor if task.name == "upscale" else 1
         multiple = latent.multiple * (1 if scale > 1 else latent.factor)
         placed = place(
-            open_picture(given.images[0], background=request.background),
+            picture,
             width=request.width,
             height=request.height,
             resize=request.resize,
@@ -196,10 +204,12 @@ def _say_unusual(size: tuple[int, int], facts: ModelFacts, warnings: list[str]) 
     )
 
 
-def _mask(request: Request, given: Given, canvas: Canvas) -> PlacedMask:
+def _mask(
+    request: Request, given: Given, canvas: Canvas, picture: Image.Image | None
+) -> PlacedMask:
     assert given.mask is not None
     assert canvas.placed is not None
-    picture = open_picture(given.images[0])
+    assert picture is not None
     mask = open_mask(
         given.mask,
         (picture.height, picture.width),

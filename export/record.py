@@ -193,38 +193,6 @@ def _conditions(
     return {}, Conditions()
 
 
-def _conditions(
-    parts: Mapping[str, Part], weights: Mapping[str, Path], facts: ModelFacts, report: Report
-) -> tuple[dict[str, list[Case]], Conditions]:
-    """Cases of the variant's own networks, and what the UNet is conditioned on."""
-
-    def ask(name: str, feeds: Sequence[tuple[str, Feeds]]) -> list[Case]:
-        report(f"reference: {name.replace('_', ' ')}", 0.03)
-        with loaded(parts[name], weights[name]) as network:
-            return [run(parts[name], network, case, f) for case, f in feeds]
-
-    if facts.variant == "inpainting":
-
-        def encode(image: Array) -> Array:
-            return ask("vae_encoder", [("", {"image": image})])[0].outputs["moments"]
-
-        return {}, conditions.inpainting(facts, latent_sides(facts, SMALL_SIDE), encode)
-    if facts.variant == "x4-upscaler":
-        return {}, conditions.low_scale(facts)
-    if "image_encoder" in parts:
-        tower = ask("image_encoder", [("picture", {"pixels": conditions.pixels(facts)})])
-        embedding = tower[0].outputs["embedding"][:1]
-        statistics = read_tensors(weights["image_encoder"], parts["image_encoder"].beside)
-        return {"image_encoder": tower}, conditions.unclip(facts, embedding, statistics)
-    if "depth" in parts:
-        sides = {"picture": DEPTH_SIDE, NATIVE: 16 * parts["depth"].config["grid"]}
-        cases = ask("depth", [(n, {"image": conditions.picture(s, s)}) for n, s in sides.items()])
-        return {"depth": cases}, conditions.depth(cases[0].outputs["depth"])
-    if facts.variant == "depth":
-        return {}, conditions.depth(None)
-    return {}, Conditions()
-
-
 def _sample(
     part: Part,
     network: nn.Module,

@@ -54,9 +54,7 @@ class StubPipeline:
             for step in range(ran.steps):
                 time.sleep(0.05 if self.mode == "slow" and index > 0 else 0)
                 on_step(Progress(index, ran.count, step + 1, ran.steps, 0.014))
-            own = Request(
-                **{**ran.to_dict(), "seed": ran.seed_of(index), "count": 1, "batch_size": 1}
-            )
+            own = ran.own(index)
             image = Image.new("RGB", (ran.width or 0, ran.height or 0), "orange")
             result.pictures.append(Picture(image, own, None, ABOUT))  # type: ignore[arg-type]
             if len(ran.prompt) > 300:

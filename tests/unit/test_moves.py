@@ -75,6 +75,14 @@ def test_a_resumed_run_is_the_whole_run(pipe, tmp_path, sampler, after):
         assert one.request == other.request
 
 
+def test_a_run_saved_after_its_last_row_is_only_decoded(pipe):
+    kept: list[state.Saved] = []
+    *_, whole = pipe.stream(Request(**ASKED), on_state=kept.append)
+    *_, result = pipe.stream(Request.from_dict(kept[-1].request), resume=kept[-1])
+    assert not result.timings.rows
+    np.testing.assert_array_equal(result.pictures[0].latent, whole.pictures[0].latent)
+
+
 def test_inpainting_goes_on_with_its_pictures_and_refuses_others(pipe, rng):
     image = Image.fromarray(rng.integers(0, 256, (64, 128, 3), np.uint8))
     mask = Image.new("L", (128, 64), 255)
