@@ -30,9 +30,11 @@ from .spec import (
     Component,
     ComponentSpec,
     Dim,
+    Engine,
     Graph,
     Precision,
     TensorSpec,
+    named_dims,
 )
 from .weights import read_header
 
@@ -269,11 +271,14 @@ class _Component:
     graphs: Mapping[str, _Graph]
     weights: str
     config: Mapping[str, Any]
-    quantised: Mapping[Precision, _Quantised] = field(default_factory=dict)
+    quantised: Mapping[Precision, _Twin] = field(default_factory=dict)
+    typed: Mapping[Precision, _Twin] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class _Quantised:
+class _Twin:
+    """The same network once more: quantised, or strongly typed."""
+
     graphs: Mapping[str, _Graph]
     weights: str
     source: str
@@ -281,9 +286,22 @@ class _Quantised:
 
 
 @dataclass(frozen=True)
+class _Engine:
+    file: str
+    component: str
+    precision: Precision
+    graph: str
+    sm: int
+    dims: Mapping[str, tuple[int, int, int]]
+    version: str
+    fingerprint: str
+
+
+@dataclass(frozen=True)
 class _Target:
     precisions: tuple[Precision, ...]
     files: tuple[str, ...]
+    engines: tuple[_Engine, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -429,6 +447,11 @@ _GRAPHS = fields.mapping(
     ),
 )
 
+_TWIN = fields.record(
+    _Twin,
+    {"graphs": _GRAPHS, "weights": fields.path, "source": _SHA256, "recipe": _json_object},
+)
+
 _COMPONENT = fields.record(
     _Component,
     {
@@ -439,24 +462,37 @@ _COMPONENT = fields.record(
         "config": _json_object,
     },
     optional={
-        "quantised": fields.mapping(
-            fields.one_of("int8"),
-            fields.record(
-                _Quantised,
-                {
-                    "graphs": _GRAPHS,
-                    "weights": fields.path,
-                    "source": _SHA256,
-                    "recipe": _json_object,
-                },
-            ),
-        )
+        "quantised": fields.mapping(fields.one_of("int8"), _TWIN),
+        "typed": fields.mapping(fields.one_of("f16", "bf16", "int8"), _TWIN),
+    },
+)
+
+
+def _span(value: Any, where: str) -> tuple[int, int, int]:
+    least, best, most = fields.sequence(_SIDE, low=3, high=3)(value, where)
+    if not least <= best <= most:
+        fields.refuse(where, "least, best and largest size, in this order", value)
+    return least, best, most
+
+
+_ENGINE = fields.record(
+    _Engine,
+    {
+        "file": fields.path,
+        "component": _NAME,
+        "precision": _PRECISION,
+        "graph": _GRAPH_NAME,
+        "sm": fields.integer(50, 999),
+        "dims": fields.mapping(_DIM_NAME, _span),
+        "version": fields.text,
+        "fingerprint": _SHA256,
     },
 )
 
 _TARGET = fields.record(
     _Target,
     {"precisions": fields.sequence(_PRECISION, low=1), "files": fields.sequence(fields.path)},
+    optional={"engines": fields.sequence(_ENGINE)},
 )
 
 _PARITY = fields.record(
@@ -565,8 +601,11 @@ def _check_facts(parts: _Manifest) -> None:
         rows = len(model.preview.matrix)
         fields.refuse("model.preview.matrix", f"{model.latent.channels} rows", rows)
     for name, part in parts.components.items():
-        for precision, twin in part.quantised.items():
-            _check_twin(f"components.{name}.quantised.{precision}", parts, part, twin)
+        for where, twin, made_from in _twins(name, part):
+            _check_twin(where, parts, part, twin, made_from)
+    for name, target in parts.targets.items():
+        for i, engine in enumerate(target.engines):
+            _check_engine(f"targets.{name}.engines[{i}]", parts, target, engine)
     for i, record in enumerate(parts.parity):
         component = parts.components.get(record.component)
         if component is None or record.graph not in component.graphs:
@@ -594,10 +633,22 @@ def _check_image_conditioning(parts: _Manifest) -> None:
             fields.refuse(f"model.image_conditioning.{name}", shown, list(found))
 
 
-def _check_twin(where: str, parts: _Manifest, part: _Component, twin: _Quantised) -> None:
-    """A quantised network takes and gives what the one does whose weights it was made from."""
-    if twin.source != (source := parts.files[part.weights].sha256):
-        fields.refuse(f"{where}.source", f"the SHA-256 of {part.weights}, {source}", twin.source)
+def _twins(name: str, part: _Component) -> Iterator[tuple[str, _Twin, str]]:
+    """(where it stands, the network, the path of the weights that it was made from)"""
+    for precision, twin in part.quantised.items():
+        yield f"components.{name}.quantised.{precision}", twin, part.weights
+    for precision, twin in part.typed.items():
+        quantised = part.quantised.get(precision)
+        made_from = part.weights if quantised is None else quantised.weights
+        yield f"components.{name}.typed.{precision}", twin, made_from
+
+
+def _check_twin(
+    where: str, parts: _Manifest, part: _Component, twin: _Twin, made_from: str
+) -> None:
+    """A second network takes and gives what the one does whose weights it was made from."""
+    if twin.source != (source := parts.files[made_from].sha256):
+        fields.refuse(f"{where}.source", f"the SHA-256 of {made_from}, {source}", twin.source)
     if sorted(twin.graphs) != sorted(part.graphs):
         fields.refuse(f"{where}.graphs", f"{', '.join(part.graphs)}", list(twin.graphs))
     for name, graph in twin.graphs.items():
@@ -610,6 +661,20 @@ def _check_twin(where: str, parts: _Manifest, part: _Component, twin: _Quantised
             _check_equal(f"{where}.graphs.{name}.{what}", found_by, expected_by)
 
 
+def _check_engine(where: str, parts: _Manifest, target: _Target, engine: _Engine) -> None:
+    """An engine is a file of its target, made of a typed graph that is here."""
+    if engine.file not in target.files:
+        fields.refuse(f"{where}.file", "one of the target's files", engine.file)
+    part = parts.components.get(engine.component)
+    typed = None if part is None else part.typed.get(engine.precision)
+    graph = None if typed is None else typed.graphs.get(engine.graph)
+    if graph is None:
+        found = f"{engine.component}/{engine.graph} in {engine.precision}"
+        fields.refuse(where, "a typed graph of this bundle", found)
+    if set(engine.dims) != set(dims := named_dims(graph.inputs)):
+        fields.refuse(f"{where}.dims", f"sizes of {', '.join(dims)}", list(engine.dims))
+
+
 def _uses(parts: _Manifest) -> Iterator[tuple[str, str]]:
     """(path, the field that names it)"""
     yield parts.model.tokenizer.file, "model.tokenizer.file"
@@ -617,8 +682,7 @@ def _uses(parts: _Manifest) -> Iterator[tuple[str, str]]:
         yield component.weights, f"components.{name}.weights"
         for graph, record in component.graphs.items():
             yield record.file, f"components.{name}.graphs.{graph}.file"
-        for precision, twin in component.quantised.items():
-            where = f"components.{name}.quantised.{precision}"
+        for where, twin, _ in _twins(name, component):
             yield twin.weights, f"{where}.weights"
             for graph, record in twin.graphs.items():
                 yield record.file, f"{where}.graphs.{graph}.file"
@@ -751,8 +815,8 @@ def _check_files(parts: _Manifest, files: Mapping[str, Path], verify: bool) -> N
                 f"{files[name]} has {size} bytes; the manifest says {record.size}",
                 hint="the copy was cut short or changed: copy the bundle again, or export again",
             )
-    networks: list[_Component | _Quantised] = [*parts.components.values()]
-    networks += [t for c in parts.components.values() for t in c.quantised.values()]
+    networks: list[_Component | _Twin] = [*parts.components.values()]
+    networks += [t for n, c in parts.components.items() for _, t, _ in _twins(n, c)]
     for network in networks:
         read_header(files[network.weights])
     conditioning = parts.model.image_conditioning
@@ -794,7 +858,7 @@ def _assemble(folder: Path, manifest: Any, parts: _Manifest, files: Mapping[str,
         }
     )
     components = {
-        name: _component(name, part, parts.files, files) for name, part in parts.components.items()
+        name: _component(name, part, parts, files) for name, part in parts.components.items()
     }
     targets = {
         name: Target(name, t.precisions, tuple(files[f] for f in t.files))
@@ -815,24 +879,39 @@ def _assemble(folder: Path, manifest: Any, parts: _Manifest, files: Mapping[str,
 
 
 def _component(
-    name: str, part: _Component, records: Mapping[str, FileRecord], files: Mapping[str, Path]
+    name: str, part: _Component, parts: _Manifest, files: Mapping[str, Path]
 ) -> Component:
     spec = ComponentSpec(name, part.inputs, part.outputs)
-    own = _network(spec, part, part.config, records, files)
-    quantised = {
-        precision: _network(spec, twin, part.config, records, files)
-        for precision, twin in part.quantised.items()
+    quantised = {p: _network(spec, t, part.config, parts, files) for p, t in part.quantised.items()}
+    typed = {
+        p: replace(
+            _network(spec, t, part.config, parts, files), engines=_engines(name, p, parts, files)
+        )
+        for p, t in part.typed.items()
     }
-    return replace(own, quantised=MappingProxyType(quantised))
+    own = _network(spec, part, part.config, parts, files)
+    return replace(own, quantised=MappingProxyType(quantised), typed=MappingProxyType(typed))
+
+
+def _engines(
+    component: str, precision: Precision, parts: _Manifest, files: Mapping[str, Path]
+) -> tuple[Engine, ...]:
+    return tuple(
+        Engine(target, e.graph, files[e.file], e.sm, e.dims, e.version, e.fingerprint)
+        for target, described in parts.targets.items()
+        for e in described.engines
+        if (e.component, e.precision) == (component, precision)
+    )
 
 
 def _network(
     spec: ComponentSpec,
-    part: _Component | _Quantised,
+    part: _Component | _Twin,
     config: Mapping[str, Any],
-    records: Mapping[str, FileRecord],
+    parts: _Manifest,
     files: Mapping[str, Path],
 ) -> Component:
+    records = parts.files
     graphs = {
         n: Graph(n, files[g.file], records[g.file].sha256, g.inputs, g.outputs, g.macs)
         for n, g in part.graphs.items()

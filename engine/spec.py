@@ -77,6 +77,26 @@ class Graph:
 
 
 @dataclass(frozen=True)
+class Engine:
+    """One graph compiled ahead of time for a kind of GPU: a file that only its library can read.
+
+    target       `trt-rtx`
+    sm           compute capability of the GPU, 89 for 8.9
+    dims         named dimension of the graph's inputs -> least, best, largest size it was built for
+    version      of the library that built it, and that alone can run it
+    fingerprint  of all that went into it: see backends/plans.py
+    """
+
+    target: str
+    graph: str
+    path: Path
+    sm: int
+    dims: Mapping[str, tuple[int, int, int]]
+    version: str
+    fingerprint: str
+
+
+@dataclass(frozen=True)
 class Component:
     """All that a backend needs to load one network.
 
@@ -84,6 +104,9 @@ class Component:
     weights      one safetensors file, canonical LDM names and layouts
     key          content hash over weights and graphs: the cache key of compiled artefacts
     quantised    precision -> the same network with graphs and weights of its own
+    typed        precision -> the same network with strongly typed graphs: every tensor says in the
+                 graph what it is computed in, as TensorRT demands. int8: Q/DQ, float16 beside it
+    engines      of a typed network: what was compiled of it ahead of time
     """
 
     spec: ComponentSpec
@@ -93,6 +116,8 @@ class Component:
     config: Mapping[str, Any]
     key: str
     quantised: Mapping[Precision, Component] = field(default_factory=dict)
+    typed: Mapping[Precision, Component] = field(default_factory=dict)
+    engines: tuple[Engine, ...] = ()
 
     def at(self, precision: Precision) -> Component:
         """What is loaded for this precision: its own graphs and weights, where there are such."""

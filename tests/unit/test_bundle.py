@@ -685,7 +685,7 @@ def mutated(draw: st.DrawFn) -> Manifest:
     keys = draw(st.sampled_from(PLACES))
     holder, last, value = at(made, keys[:-1]), keys[-1], at(made, keys)
     ways = ["retype"]
-    if keys[:-1] not in FREE and keys != ("model", "preview"):
+    if keys[:-1] not in FREE and keys != ("model", "preview") and last != "macs":
         ways.append("drop")
     if isinstance(value, dict) and last != "config":
         ways.append("add")
