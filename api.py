@@ -6,7 +6,7 @@ import json
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -37,6 +37,10 @@ def load(
     backend: str = "auto",
     precision: Precision | None = None,
     threads: int | None = None,
+    pin: bool | None = None,
+    numa_node: str | None = None,
+    cores: str | None = None,
+    hyper_threads: bool | None = None,
     preset: str | None = None,
     progress: Progress | None = None,
 ) -> Pipeline:
@@ -46,7 +50,9 @@ def load(
                 the latter two are exported once into the cache
     backend     a name of backends.NAMES, or "auto": the fastest that can run here
     precision   None takes the fastest that the backend has here and the bundle has proved
-    threads     processor threads; None leaves it to the backend
+    threads     processor threads; None: what machine.plan says
+    pin, numa_node, cores, hyper_threads   as machine.Wish has them. Where the plan leaves out
+                processors, the calling thread and those it starts later stay on the others
     preset      a name of engine.presets.PRESETS, whose precision is taken when none is asked for
     progress    called with (what, fraction done) while a checkpoint is exported
     raises      BundleError, BackendError, CheckpointError, ExportError, RequestError
@@ -57,7 +63,9 @@ def load(
         precision = preset_precision(bundle, chosen.name, probe, preset)
     precision = choose_precision(bundle, chosen.name, probe, precision)
     log.info("backend %s, precision %s: %s", chosen.name, precision, why)
-    sessions = EngineSessions(bundle, chosen, precision, threads)
+    plan = machine.plan(wish=machine.Wish(threads, pin, numa_node, cores, hyper_threads))
+    machine.settle(plan)
+    sessions = EngineSessions(bundle, chosen, precision, plan.threads, like=_profile(plan))
     about = {"version": __version__, "backend": chosen.name, "precision": precision}
     return Pipeline(bundle, sessions, about, machine.available_memory())
 
@@ -165,6 +173,10 @@ def choose_precision(
     )
 
 
+def _profile(plan: machine.Plan) -> Profile:
+    return Profile(pin=plan.pin, hyper_threads=plan.hyper_threads, fast_only=plan.fast_only)
+
+
 def preset_precision(bundle: Bundle, backend: str, probe: Probe, preset: str) -> Precision:
     """The precision that a preset asks for, or float32 where it cannot be had.
 
@@ -193,10 +205,17 @@ class EngineSessions:
     """The networks of a bundle on one backend: compiled when first asked for, the last few kept."""
 
     def __init__(
-        self, bundle: Bundle, backend: Backend, precision: Precision, threads: int | None
+        self,
+        bundle: Bundle,
+        backend: Backend,
+        precision: Precision,
+        threads: int | None,
+        *,
+        like: Profile | None = None,
     ) -> None:
         self._bundle, self._backend = bundle, backend
-        self._precision, self._threads = precision, threads
+        like = Profile() if like is None else like
+        self._profile = replace(like, precision=precision, threads=threads)
         self._open: OrderedDict[tuple[str, Profile], Session] = OrderedDict()
 
     def __call__(self, component: str, dims: Mapping[str, int]) -> Session:
@@ -207,7 +226,7 @@ class EngineSessions:
             )
         named = self._bundle.components[component].spec.dims
         dims = {name: size for name, size in dims.items() if name in named}
-        profile = Profile(dims, self._precision, self._threads)
+        profile = replace(self._profile, dims=dims)
         key = (component, profile)
         if key not in self._open:
             self._make_room(component)

@@ -298,7 +298,22 @@ def run(
     precision: Annotated[
         str | None, typer.Option(help="Of the arithmetic; without it, the fastest proved one.")
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="Processor threads.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="Processor threads; `doctor` shows what is taken without it.")
+    ] = None,
+    cores: Annotated[
+        str | None, typer.Option(help="fast or all, where a processor has slow ones too.")
+    ] = None,
+    numa_node: Annotated[
+        str | None, typer.Option(help="Its number, or all; without it, those of one socket.")
+    ] = None,
+    pin: Annotated[
+        bool | None,
+        typer.Option("--pin/--no-pin", help="Each thread on its own core, or where there is room."),
+    ] = None,
+    hyper_threads: Annotated[
+        bool | None, typer.Option("--hyper-threads", help="Two threads a core, where it has two.")
+    ] = None,
     preview: Annotated[
         int | None,
         typer.Option(help="Every so many steps, write a rough picture to NAME.preview.png."),
@@ -364,7 +379,16 @@ def run(
         compat=compat,
     )
     pictures = _given(image=image if image else None, mask=mask, depth=depth)
-    how = _given(model=model, backend=backend, precision=precision, threads=threads)
+    how = _given(
+        model=model,
+        backend=backend,
+        precision=precision,
+        threads=threads,
+        cores=cores,
+        numa_node=numa_node,
+        pin=pin,
+        hyper_threads=hyper_threads,
+    )
     if stop_after is not None and save_latents is None:
         raise RequestError(
             "--stop-after without --save-latents would throw the run away",

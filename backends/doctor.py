@@ -16,9 +16,11 @@ from typing import Any
 from ..engine.errors import StorageError
 from ..engine.paths import cache_dir
 from ..engine.ports import Probe
-from . import NAMES, get, machine
+from . import NAMES, get, limits, machine
 
 Version = Callable[[str], str | None]
+
+FLAGS = ("--threads", "--cores", "--numa-node", "--pin", "--hyper-threads")  # of `sdengine run`
 
 PACKAGES = (
     "numpy",
@@ -136,17 +138,25 @@ def examine() -> dict[str, Any]:
     return {
         "python": {"version": platform.python_version(), "executable": sys.executable},
         "system": platform.platform(),
-        "processor": {
-            "name": machine.processor(),
-            "visible": os.cpu_count(),
-            "threads": machine.threads(),
-        },
+        "processor": processor(),
         "memory": memory(),
         "cache": cache(),
         "packages": {name: installed(name) for name in PACKAGES},
         "conflicts": [asdict(c) for c in conflicts()],
         "backends": {name: _backend(probe) for name, probe in probes.items()},
         "auto": first_able(probes),
+    }
+
+
+def processor(root: Path = Path("/")) -> dict[str, Any]:
+    """What is there, and the plan of a run on it with its reasons."""
+    plan = machine.plan(root)
+    return {
+        "name": machine.processor(root),
+        "visible": os.cpu_count(),
+        "threads": plan.threads,
+        "extensions": machine.extensions(root),
+        "plan": {**asdict(plan), "cpus": list(plan.cpus), "why": dict(plan.why)},
     }
 
 
@@ -157,12 +167,15 @@ def lines(found: Mapping[str, Any]) -> Iterator[str]:
         ("python", f"{python['version']} ({python['executable']})"),
         ("system", found["system"]),
         ("processor", processor["name"]),
-        ("threads", f"{processor['threads']} used of {processor['visible']} that are visible"),
+        ("fast at", ", ".join(processor["extensions"])),
         ("memory", _memory_text(found["memory"])),
         ("cache", _cache_text(cache)),
     ]
     for name, text in rows:
         yield f"{name:<10} {text}"
+    yield f"\nplan of a run ({', '.join(FLAGS)} change it)"
+    for name, text in _plan_rows(processor):
+        yield f"  {name:<9} {text}"
     yield "\nbackends"
     for name, probe in found["backends"].items():
         yield f"  {name:<12} {'yes' if probe['ok'] else 'no':<4} {probe['reason']}"
@@ -178,6 +191,17 @@ def lines(found: Mapping[str, Any]) -> Iterator[str]:
         yield f"\nwarning: {conflict['what']}"
         yield f"  {conflict['why']}"
         yield f"  {conflict['mend']}"
+
+
+def _plan_rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+    plan, why = found["plan"], found["plan"]["why"]
+    doubled = ", hyper-threads too" if plan["hyper_threads"] else ""
+    return [
+        ("threads", f"{plan['threads']} of {found['visible']} visible{doubled}: {why['threads']}"),
+        ("cores", why["cores"]),
+        ("numa node", why["node"]),
+        ("pinned", f"{'yes' if plan['pin'] else 'no'}: {why['pin']}"),
+    ]
 
 
 def _memory_text(found: Mapping[str, int | None]) -> str:
@@ -207,18 +231,11 @@ def first_able(probes: Mapping[str, Probe]) -> str | None:
 
 def memory(root: Path = Path("/")) -> dict[str, int | None]:
     """Bytes, where the kernel tells: all, free for use, and the control group's limit."""
-    lines = _read(root / "proc/meminfo").splitlines()
-    fields = dict(line.split(":", 1) for line in lines if ":" in line)
-    limit = _read(root / "sys/fs/cgroup/memory.max").strip()
     return {
-        "total": _kilobytes(fields.get("MemTotal")),
-        "available": _kilobytes(fields.get("MemAvailable")),
-        "limit": int(limit) if limit.isdigit() else None,
+        "total": limits.meminfo(root).get("MemTotal"),
+        "available": machine.available_memory(root),
+        "limit": limits.memory_limit(root),
     }
-
-
-def _kilobytes(field: str | None) -> int | None:
-    return None if field is None else int(field.split()[0]) * 1024
 
 
 def cache() -> dict[str, Any]:
@@ -246,10 +263,3 @@ def _bytes(folder: Path) -> int:
             except OSError:
                 continue
     return total
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""

@@ -54,6 +54,10 @@ class OnnxRuntime(GraphBackend):
             machine.threads() if profile.threads is None else profile.threads
         )
         options.inter_op_num_threads = 1
+        if profile.pin and (places := machine.places(options.intra_op_num_threads)[1:]):
+            # processors counted from 1, of all threads but the caller's own
+            fixed = ";".join(str(cpu + 1) for cpu in places)
+            options.add_session_config_entry("session.intra_op_thread_affinities", fixed)
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
         options.log_severity_level = ERRORS_ONLY
         # Else it turns int8 inputs into uint8, and 1.32 fails where a reshape follows.

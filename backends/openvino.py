@@ -88,9 +88,7 @@ class OpenVINO(GraphBackend):
         config = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": self._hint(profile.precision),
-            "INFERENCE_NUM_THREADS": threads,
-            # Pinned threads of two processes meet on the same core while another one is idle.
-            "ENABLE_CPU_PINNING": False,
+            **_threading(threads, profile),
         }
         what = {
             "backend": self.name,
@@ -178,6 +176,21 @@ class OpenVINOGraph:
     def close(self) -> None:
         self._compiled = None
         self._blob = None
+
+
+def _threading(threads: int, profile: Profile) -> dict[str, Any]:
+    """Options of the processor's plugin. Kinds of cores are named only where there are two."""
+    kinds = {
+        None: {},
+        True: {"SCHEDULING_CORE_TYPE": "PCORE_ONLY"},
+        False: {"SCHEDULING_CORE_TYPE": "ANY_CORE"},
+    }
+    return {
+        "INFERENCE_NUM_THREADS": threads,
+        "ENABLE_CPU_PINNING": profile.pin,
+        "ENABLE_HYPER_THREADING": profile.hyper_threads,
+        **kinds[profile.fast_only],
+    }
 
 
 def _export(compiled: Any, file: BinaryIO) -> None:

@@ -158,17 +158,25 @@ class Profile:
     dims        a number for each named dimension; a name that is absent stays dynamic
     precision   of the arithmetic inside; inputs and outputs stay float32 and int64
     threads     processor threads for this session; None lets the backend choose
+    pin         each thread stays on one core
+    hyper_threads   threads may share a core
+    fast_only   of a processor with two kinds of cores, the fast ones alone; None: it has one kind
+    device      what a backend with several devices runs on: "CPU", "GPU", "NPU", "AUTO"
     """
 
     dims: Mapping[str, int] = field(default_factory=dict)
     precision: Precision = "f32"
     threads: int | None = None
+    pin: bool = False
+    hyper_threads: bool = False
+    fast_only: bool | None = None
+    device: str = "CPU"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dims", MappingProxyType(dict(sorted(self.dims.items()))))
 
     def __hash__(self) -> int:
-        return hash((tuple(self.dims.items()), self.precision, self.threads))
+        return hash((tuple(self.dims.items()), self.precision, self.threads, self.device))
 
     def label(self) -> str:
         """`bf16 B2 h64 w64`: for messages and file names."""

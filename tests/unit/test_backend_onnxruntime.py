@@ -56,6 +56,32 @@ def test_threads(unet, monkeypatch):
     assert seen == [(n, ["CPUExecutionProvider"]) for n in (3, 3, 1, 1)]
 
 
+@pytest.mark.parametrize(
+    ("profile", "fixed"),
+    [
+        (Profile(threads=2, pin=True), "4"),  # the caller's own thread is not the library's to pin
+        (Profile(threads=1, pin=True), None),
+        (Profile(threads=3, pin=True), None),  # more threads than places
+        (Profile(threads=2), None),
+    ],
+)
+def test_pinned_threads(profile, fixed, unet, monkeypatch):
+    seen = []
+
+    def spy(path, options, providers):
+        try:
+            seen.append(options.get_session_config_entry("session.intra_op_thread_affinities"))
+        except RuntimeError:  # there is none
+            seen.append(None)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(machine, "places", lambda n: [1, 3][:n] if n <= 2 else [])
+    monkeypatch.setattr(onnxruntime, "InferenceSession", spy)
+    with pytest.raises(BackendError, match="enough"):
+        OnnxRuntime().load(unet, profile)
+    assert seen == [fixed]
+
+
 def test_two_wheels_that_overwrite_each_other(unet, monkeypatch):
     distribution = metadata.distribution
 

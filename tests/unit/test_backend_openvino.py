@@ -209,6 +209,39 @@ def test_threads(unet, store, monkeypatch):
     assert seen == [3, 3, 1, 1]
 
 
+@pytest.mark.parametrize(
+    ("profile", "expected"),
+    [
+        (Profile(DIMS), {"ENABLE_CPU_PINNING": False, "ENABLE_HYPER_THREADING": False}),
+        (
+            Profile(DIMS, pin=True, hyper_threads=True, fast_only=True),
+            {
+                "ENABLE_CPU_PINNING": True,
+                "ENABLE_HYPER_THREADING": True,
+                "SCHEDULING_CORE_TYPE": "PCORE_ONLY",
+            },
+        ),
+        (Profile(DIMS, fast_only=False), {"SCHEDULING_CORE_TYPE": "ANY_CORE"}),
+    ],
+)
+def test_the_plan_reaches_the_library(profile, expected, unet, store, feeds, handmade, monkeypatch):
+    """And is accepted by it: the network is compiled and answers."""
+    seen = []
+    compile_model = openvino.Core.compile_model
+
+    def spy(self, model, device, config):
+        seen.append(config)
+        return compile_model(self, model, device, config)
+
+    monkeypatch.setattr(openvino.Core, "compile_model", spy)
+    session = OpenVINO(store).load(unet, profile)
+    np.testing.assert_allclose(session(feeds)["out_sample"], handmade.answer(feeds), atol=2e-6)
+    assert len(seen) == 2
+    for config in seen:
+        assert expected.items() <= config.items()
+        assert ("SCHEDULING_CORE_TYPE" in config) == (profile.fast_only is not None)
+
+
 def test_a_graph_that_is_not_the_manifests(unet, store):
     full = unet.graphs["full"]
     graphs = {

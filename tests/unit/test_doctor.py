@@ -71,6 +71,8 @@ def test_auto_takes_the_first_that_can_run() -> None:
 
 def test_memory_is_what_the_kernel_says(tmp_path: Path) -> None:
     (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/self").mkdir()
+    (tmp_path / "proc/self/cgroup").write_text("0::/\n")
     (tmp_path / "proc/meminfo").write_text("MemTotal: 2000 kB\nMemFree: 5 kB\nMemAvailable: 9 kB\n")
     (tmp_path / "sys/fs/cgroup").mkdir(parents=True)
     (tmp_path / "sys/fs/cgroup/memory.max").write_text("1048576\n")
@@ -119,7 +121,18 @@ def test_a_machine_that_can_run_nothing_is_shown_in_full() -> None:
     machine = {
         "python": {"version": "3.12.1", "executable": "/usr/bin/python3"},
         "system": "Linux",
-        "processor": {"name": "a processor", "visible": 8, "threads": 2},
+        "processor": {
+            "name": "a processor",
+            "visible": 8,
+            "threads": 2,
+            "extensions": ["int8 (AMX)", "float32 (AVX2)"],
+            "plan": {
+                "threads": 2,
+                "pin": False,
+                "hyper_threads": False,
+                "why": {"threads": "a quota", "cores": "all", "node": "0", "pin": "shared"},
+            },
+        },
         "memory": {"total": 8_000_000_000, "available": None, "limit": 2_000_000_000},
         "cache": {"path": None, "bytes": 0, "free": None, "writable": False, "why": "no home"},
         "packages": {"numpy": "2.4", "torch": None},
@@ -138,7 +151,10 @@ def test_a_machine_that_can_run_nothing_is_shown_in_full() -> None:
     text = "\n".join(lines(machine))
     for part in (
         "3.12.1",
-        "2 used of 8",
+        "2 of 8 visible: a quota",
+        "--numa-node",
+        "int8 (AMX), float32 (AVX2)",
+        "no: shared",
         "8.0 GB total, 2.0 GB limit",
         "none: no home",
         "no   openvino is not installed",
