@@ -524,6 +524,16 @@ def export(
         float | None,
         typer.Option(help="Minutes to look for the layers that int8 hurts; for a bundle."),
     ] = None,
+    safety: Annotated[
+        Path | None,
+        typer.Option(help="An image classifier to put in: model.onnx, or a folder with one."),
+    ] = None,
+    safety_label: Annotated[
+        list[str] | None, typer.Option(help="A label of it that counts as unsafe; repeat.")
+    ] = None,
+    safety_threshold: Annotated[
+        float | None, typer.Option(help="From this probability on it objects, 0..1.")
+    ] = None,
     ema: Annotated[bool | None, typer.Option("--ema/--no-ema", help="Which weights.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace what is at --out.")] = False,
     as_json: Json = False,
@@ -552,13 +562,29 @@ def export(
     if search is not None:
         _search(place, search, what, quiet)
         return
+    looks = None
+    if safety is not None:
+        from .export import open_classifier
+
+        looks = open_classifier(safety, **_given(unsafe=safety_label, threshold=safety_threshold))
+    elif safety_label or safety_threshold is not None:
+        raise RequestError(
+            "--safety-label and --safety-threshold are about a classifier, and none was named",
+            hint="name it: --safety model.onnx, or the folder that it came in",
+        )
     with _progress(quiet) as report:
-        found = open_checkpoint(
-            checkpoint, **how, progress=lambda done, total: report("reading", done, total)
-        )
-        bundle = export_bundle(
-            found, place, **what, force=force, progress=lambda at, done: report(at, done, 1.0)
-        )
+        bundle = place
+        if looks is None or what or not (place / MANIFEST).is_file():
+            found = open_checkpoint(
+                checkpoint, **how, progress=lambda done, total: report("reading", done, total)
+            )
+            bundle = export_bundle(
+                found, place, **what, force=force, progress=lambda at, done: report(at, done, 1.0)
+            )
+        if looks is not None:
+            from .export import add_classifier
+
+            add_classifier(bundle, looks, lambda at, done: report(at, done, 1.0))
     if as_json:
         _print_json(_bundle_facts(bundle))
     else:

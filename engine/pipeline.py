@@ -156,6 +156,8 @@ class Pipeline:
             sources = given.about()
             about = {**self.about, **sources, "cost": f"{result.cost:.4g}"}
             finish = Finisher(work, about, self._classifier, result.warnings)
+            if request.safety != "off" and self._classifier is not None:
+                work.open(safety.COMPONENT, {"B": 1})  # what cannot run must fail before the steps
         for first in range(0, request.count, request.batch_size):
             with _running(timings):
                 count = min(request.batch_size, request.count - first)

@@ -10,15 +10,25 @@ from ..engine.errors import MissingExtra
 
 if TYPE_CHECKING:
     from .checkpoint import fingerprint, open_checkpoint
-    from .run import add_target, export_bundle
+    from .classifier import open_classifier
+    from .run import add_classifier, add_target, export_bundle
 
-__all__ = ["add_target", "export_bundle", "fingerprint", "open_checkpoint"]
+__all__ = [
+    "add_classifier",
+    "add_target",
+    "export_bundle",
+    "fingerprint",
+    "open_checkpoint",
+    "open_classifier",
+]
 
 _HOMES = {
+    "add_classifier": "run",
     "add_target": "run",
     "export_bundle": "run",
     "fingerprint": "checkpoint",
     "open_checkpoint": "checkpoint",
+    "open_classifier": "classifier",
 }
 # import name -> distribution
 PACKAGES = {

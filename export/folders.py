@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..engine.errors import NotACheckpoint
+from ..engine.safety import COMPONENT as CLASSIFIER
 from . import names
 from .companions import from_normalizer
 from .containers import TensorRef, cannot_read, open_container
@@ -213,6 +214,8 @@ def open_bundle_folder(path: Path) -> tuple[Folder, Params]:
     tensors: dict[str, TensorRef] = {}
     files = []
     for name in components:
+        if name == CLASSIFIER:
+            continue  # it came from elsewhere, and is added to a bundle, not exported with it
         weights = reader.part(components, name).get("weights")
         if not isinstance(weights, str) or not _inside(weights):
             raise NotACheckpoint(

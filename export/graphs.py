@@ -70,12 +70,12 @@ def _saved(part: Part, place: Place, models: Models) -> Component:
         inputs, outputs = specs(model.graph.inputs), specs(model.graph.outputs)
         macs = None if part.native is None else multiply_adds(model, part.native)
         graphs[name] = Graph(name, path, sha256, inputs, outputs, macs)
-    return _keyed(
+    return keyed(
         Component(part.spec, graphs, place.weights, place.weights_sha256, part.config, key="")
     )
 
 
-def _keyed(component: Component) -> Component:
+def keyed(component: Component) -> Component:
     """With a key that depends on content alone."""
     content = {
         "weights": component.weights_sha256,

@@ -19,9 +19,10 @@ import numpy as np
 from ..engine.bundle import MANIFEST, Bundle, ModelFacts, ParityRecord, open_bundle
 from ..engine.errors import BackendUnavailable, BundleError, StorageError, UnknownName
 from ..engine.ports import Backend
+from ..engine.safety import COMPONENT as CLASSIFIER
 from ..engine.spec import PRECISIONS, Component, Precision
 from ..engine.tokenizer import Tokenizer
-from . import write
+from . import classifier, write
 from .checkpoint import Checkpoint, open_checkpoint
 from .components import CUTS, Part, parts
 from .graphs import WEIGHTS, Place, build_graphs
@@ -42,6 +43,7 @@ Report = Callable[[str, float], None]
 TOKENIZER = f"tokenizer/{VOCABULARY}"
 PORTABLE = "openvino"  # judges the portable graphs: the one engine of the base installation
 SECOND = "onnxruntime"  # judges them too, where it is installed
+WHOLE = "torch"  # runs networks of its own, not graphs: it has no classifier
 LARGE = 1 << 30  # bytes of weights
 
 
@@ -204,6 +206,46 @@ def add_target(
     return path
 
 
+def add_classifier(
+    path: Path, found: classifier.Classifier, progress: Report | None = None
+) -> Path:
+    """Give an existing bundle a classifier, in the place of one that it has; returns `path`.
+
+    It is judged on every target of the bundle that runs graphs, in all its float precisions.
+    raises  NotACheckpoint, BundleError, ExportError, ParityFailure, StorageError, BackendError
+    """
+    report: Report = progress if progress is not None else (lambda text, share: None)
+    path = path.absolute()
+    bundle = open_bundle(path)
+    content = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    content["files"] = {n: f for n, f in content["files"].items() if not _of_classifier(n)}
+    with write.partial_folder(path, found.file.stat().st_size) as folder:
+        for name in content["files"]:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            link(path / name, folder / name)
+        report("classifier", 0.1)
+        component = classifier.build(found, folder / CLASSIFIER)
+        expected = classifier.of_the_file(found, classifier.pictures(component.config))
+        records = []
+        for target, proved in bundle.targets.items():
+            backend = get_target(target).backend()
+            if target != WHOLE and backend.probe().ok:
+                report(f"parity on {target}", 0.5)
+                precisions = [p for p in proved.precisions if p in classifier.TOLERANCE]
+                records += [classifier.judge(component, backend, p, expected) for p in precisions]
+        content["components"][CLASSIFIER] = _described(folder, component)
+        content["files"] |= write.listed(folder, [component.weights, component.graphs["full"].path])
+        kept = [r for r in content["parity"] if r["component"] != CLASSIFIER]
+        content["parity"] = kept + [asdict(r) for r in records]
+        write.finish(folder, path, content)
+    report("done", 1.0)
+    return path
+
+
+def _of_classifier(file: str) -> bool:
+    return file.startswith(f"{CLASSIFIER}/")
+
+
 def _twin_files(bundle: Bundle) -> set[str]:
     """Files of quantised networks, as the manifest spells them: they are written anew."""
     twins = [t for c in bundle.components.values() for t in c.quantised.values()]
@@ -291,6 +333,9 @@ class _Judging:
 
     def targets(self, component: Component) -> None:
         """Judge a finished component on every target in every precision that was asked for."""
+        if component.spec.name == CLASSIFIER:
+            self._classifier(component)
+            return
         cases = self.cases[component.spec.name]
         done = {(r.component, r.runtime, r.precision) for r in self.records if "(" not in r.case}
         for recipe in self._recipes:
@@ -299,6 +344,15 @@ class _Judging:
                     continue
                 if (component.spec.name, recipe.name, precision) not in done:
                     self._run(component, recipe.name, precision, cases, "")
+
+    def _classifier(self, component: Component) -> None:
+        """Against its float32 on the first runtime, which was judged when it was added."""
+        expected = classifier.answers(component, self._backends[PORTABLE], "f32")
+        for recipe in self._recipes:
+            for precision in self.precisions(recipe):
+                if recipe.name != WHOLE and precision in classifier.TOLERANCE:
+                    backend = self._backends[recipe.name]
+                    self.records.append(classifier.judge(component, backend, precision, expected))
 
     def precisions(self, recipe: Recipe) -> list[Precision]:
         """What a target is judged in: what was asked for and can be had, and float32."""
