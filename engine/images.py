@@ -96,9 +96,9 @@ def check_output(path: Path, metadata: Metadata = EMPTY) -> None:
         probe.touch(exist_ok=False)
         probe.unlink()
     except OSError as error:
-        raise _storage_error(error, path.parent) from error
+        raise storage_error(error, path.parent) from error
     if path.is_dir():
-        raise _storage_error(IsADirectoryError(errno.EISDIR, "is a directory"), path)
+        raise storage_error(IsADirectoryError(errno.EISDIR, "is a directory"), path)
 
 
 def save(image: Image.Image, path: Path, metadata: Metadata = EMPTY) -> Path:
@@ -108,7 +108,7 @@ def save(image: Image.Image, path: Path, metadata: Metadata = EMPTY) -> Path:
 
     raises   as check_output
     """
-    data = _encoded(image, path, metadata)
+    data = encode(image, path, metadata)
     _make_folder(path.parent)
     _write(data, path)
     return path
@@ -118,7 +118,7 @@ def save_new(
     image: Image.Image, folder: Path, stem: str, suffix: str, metadata: Metadata = EMPTY
 ) -> Path:
     """Save under a free name (unique_path) and return it; raises as check_output."""
-    data = _encoded(image, folder / f"{stem}{suffix}", metadata)
+    data = encode(image, folder / f"{stem}{suffix}", metadata)
     path = unique_path(folder, stem, suffix)
     try:
         _write(data, path)
@@ -144,10 +144,11 @@ def unique_path(folder: Path, stem: str, suffix: str) -> Path:
         except FileExistsError:
             number += 1
         except OSError as error:
-            raise _storage_error(error, path) from error
+            raise storage_error(error, path) from error
 
 
-def _encoded(image: Image.Image, path: Path, metadata: Metadata) -> bytes:
+def encode(image: Image.Image, path: Path, metadata: Metadata = EMPTY) -> bytes:
+    """An RGB image as a file's bytes; `path` says the format by its suffix. Raises RequestError."""
     kind, options = _encode_options(path, metadata)
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
@@ -185,7 +186,7 @@ def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _storage_error(error, folder) from error
+        raise storage_error(error, folder) from error
 
 
 def _write(data: bytes, path: Path) -> None:
@@ -196,7 +197,7 @@ def _write(data: bytes, path: Path) -> None:
             stream.write(data)
         os.replace(temporary, path)
     except OSError as error:
-        raise _storage_error(error, path) from error
+        raise storage_error(error, path) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -206,7 +207,8 @@ def _temporary_name() -> str:
     return f".sdengine-{secrets.token_hex(8)}.part"
 
 
-def _storage_error(error: OSError, path: Path) -> StorageError:
+def storage_error(error: OSError, path: Path) -> StorageError:
+    """What an OSError of writing to `path` means, and what to do."""
     other = (error.strerror or str(error), "check the path, or save to another folder")
     what, cure = TROUBLE.get(error.errno or 0, other)
     return StorageError(f"cannot save to {path}: {what}", hint=cure)
