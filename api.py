@@ -26,13 +26,14 @@ from .engine.spec import PRECISIONS, Precision, Profile
 log = logging.getLogger("sdengine")
 
 EMBEDDED = {"emoji": Path(__file__).parent / "models" / "emoji"}
+DEFAULT = "emoji"  # what runs where no model is named
 KEPT_SHAPES = 4  # compiled shapes of one network that stay loaded
 
 Progress = Callable[[str, float], None]
 
 
 def load(
-    model: str | Path = "emoji",
+    model: str | Path = DEFAULT,
     *,
     backend: str = "auto",
     precision: Precision | None = None,

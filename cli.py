@@ -17,6 +17,7 @@ from typer.core import TyperCommand
 
 from . import __version__
 from .engine.errors import NotABundle, RequestError, SdengineError, UnknownName
+from .serve.batch_command import batch
 
 if TYPE_CHECKING:
     from .engine.pipeline import Result
@@ -651,6 +652,9 @@ def bench(ctx: typer.Context) -> None:
     from .bench.command import app as measuring
 
     measuring(args=ctx.args, prog_name="sdengine bench")
+
+
+app.command(cls=Careful)(batch)
 
 
 @app.command(cls=Careful)

@@ -23,6 +23,7 @@ RUNTIME = (
     "sdengine.engine.describe",
     "sdengine.engine.outputs",
     "sdengine.engine.pipeline",
+    "sdengine.serve.batch",
 )
 EXPORT_ONLY = ("torch", "onnx", "onnx_ir", "onnxscript", "open_clip", "nncf", "safetensors", "yaml")
 RIVALS = ("diffusers", "transformers", "optimum")
