@@ -8,16 +8,20 @@ from functools import partial
 
 import numpy as np
 
+from .errors import RequestError
 from .guidance import Conditions, Guidance, Open
 from .loop import Predict, Settle, State, Step
 from .memory import Plan
 from .ports import Array, Floats
 from .preview import predicted, preview
-from .request import Progress
+from .request import Progress, Request
 from .state import Saved
 from .table import Row
 from .tasks import Beginning, Streams, Work, inpaint
 from .tiles import Tiled
+
+# What may differ between requests that run together.
+APART = ("prompt", "negative_prompt", "seed")
 
 
 @dataclass
@@ -25,7 +29,7 @@ class Batch:
     """bundle      id
     first       number of its first picture in the run
     streams, begun   of each picture
-    texts       [1, T, W] of the negative prompt (None where no row is guided) and of the prompt
+    texts       [1 or B, T, W] of the negative prompt (None where no row is guided), of the prompt
     given       names and digests of the pictures that the run was given
     """
 
@@ -46,7 +50,7 @@ class Batch:
         request = self.work.request
         assert request.rescale is not None
         uncond, cond = (
-            None if text is None else np.repeat(text, len(self.begun), axis=0)
+            None if text is None else np.repeat(text, len(self.begun) // len(text), axis=0)
             for text in self.texts
         )
         assert cond is not None
@@ -85,10 +89,10 @@ class Batch:
             self.first, self.work.request.count, step.row.index + 1, len(table), seconds, guess
         )
 
-    def _guess(self, step: Step) -> Array:
+    def _guess(self, step: Step, index: int = 0) -> Array:
         facts = self.work.facts
         assert facts.preview is not None
-        latent = predicted(self.work.table, step)[0]
+        latent = predicted(self.work.table, step)[index]
         return preview(latent, facts.preview, facts.latent.factor)
 
     def saved(self, step: Step) -> Saved:
@@ -105,6 +109,42 @@ class Batch:
     def _request(self) -> dict[str, object]:
         request, count = self.work.request, len(self.begun)
         return replace(request.own(self.first), count=count, batch_size=count).to_dict()
+
+
+def check_alike(requests: Sequence[Request]) -> None:
+    """Raises RequestError unless they are one picture each, alike but for prompts and seeds."""
+    shapes = [{k: v for k, v in r.to_dict().items() if k not in APART} for r in requests]
+    if not requests or any(shape != shapes[0] for shape in shapes):
+        found = {k for shape in shapes for k in shape if shape[k] != shapes[0][k]}
+        raise RequestError(
+            f"these cannot run in one batch: they differ in {', '.join(sorted(found))}"
+            if found
+            else "no request to run",
+            hint=f"only {', '.join(APART)} may differ; run the others on their own",
+        )
+    if requests[0].count != 1:
+        raise RequestError(
+            f"requests of {requests[0].count} pictures each cannot run in one batch",
+            hint="give a request for each picture, with count 1",
+        )
+
+
+def stacked(
+    texts: Sequence[tuple[Floats | None, Floats]],
+) -> tuple[Floats | None, Floats]:
+    """[1, T, W] of each request -> [B, T, W] of all; as Batch has them.
+
+    raises      RequestError when they do not have the same number of chunks: what is padded would
+                be another picture than the same request's alone
+    """
+    lengths = {text.shape[1] for _, text in texts}
+    if len(lengths) > 1:
+        raise RequestError(
+            f"prompts of {' and '.join(map(str, sorted(lengths)))} tokens cannot run in one batch",
+            hint="run those that take more chunks on their own",
+        )
+    negative = [text for text, _ in texts if text is not None]
+    return np.concatenate(negative) if negative else None, np.concatenate([t for _, t in texts])
 
 
 def _conditions(begun: Sequence[Beginning]) -> Conditions:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from . import presets, safety, tasks, textplan
-from .batch import Batch
+from .batch import Batch, check_alike, stacked
 from .bundle import STATISTICS, Bundle
 from .clock import Metered, stage
 from .errors import RequestError
@@ -188,6 +188,63 @@ class Pipeline:
             yield result
             if control.stop_after is not None or control.resume is not None:
                 return
+
+    def together(
+        self, requests: Sequence[Request], *, on_step: OnStep | None = None
+    ) -> list[Result]:
+        """One picture of each request, all in the same network calls; the same Timings in each.
+
+        requests    of a model that needs no picture, equal but for prompts and seeds, count 1
+        raises      RequestError when they differ in more, or would run more than one picture;
+                    else as a call
+        """
+        check_alike(requests)
+        task = tasks.choose(self.facts, requests[0].task, Given())
+        timings = Timings()
+        sessions = Metered(self._sessions, timings)
+        with _running(timings):
+            with stage(timings, "prepare"):
+                whole = [r.completed(task.name, self.facts.native_size) for r in requests]
+                size = len(whole)
+                shared = replace(whole[0], batch_size=size)
+                setting = set_up(task, self.bundle, shared, Given(), self._available)
+                own = [
+                    replace(one, height=setting.request.height, width=setting.request.width)
+                    for one in whole
+                ]
+                work = setting.work(sessions, self._statistics)
+            results = [Result(one, timings=timings, warnings=list(setting.warnings)) for one in own]
+            with stage(timings, "text"):
+                texts = stacked(
+                    [self._encode(sessions, r.request, setting.table, r.warnings) for r in results]
+                )
+            with stage(timings, "prepare"):
+                begin = task.prepare(work)
+                streams = [self._streams(one, 0) for one in own]
+                begun = [begin(each) for each in streams]
+            batch = Batch(self.bundle.id, work, 0, streams, begun, texts, {}, setting.plan)
+            start = batch.start(sessions, None)
+            assert not isinstance(start, State), "nothing was resumed"
+            x = start
+            with stage(timings, "denoise"):
+                last = perf_counter()
+                for step in denoise(setting.table, batch.predict, start, batch.noise, batch.settle):
+                    x, now = step.x, perf_counter()
+                    timings.rows.append(now - last)
+                    if on_step is not None:
+                        on_step(batch.progress(step, now - last))
+                    last = perf_counter()
+            cost = presets.cost(setting.table, presets.costs_of(self._unet))
+            about = {**self.about, "cost": f"{cost:.4g}"}
+            with stage(timings, "decode"):
+                for result, latent in zip(results, x, strict=True):
+                    result.cost = cost
+                    finish = Finisher(
+                        replace(work, request=result.request),
+                        about, self._classifier, result.warnings,
+                    )  # fmt: skip
+                    result.pictures.append(finish(0, latent))
+        return results
 
     def _streams(self, request: Request, index: int) -> Streams:
         """Of picture `index`. The reference's own scripts draw from two generators."""

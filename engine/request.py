@@ -373,8 +373,8 @@ def _check_real(name: str, value: Any, low: float, high: float) -> None:
 class Progress:
     """Where a run is: handed to `on_step` after each network call.
 
-    guess       makes a rough picture, uint8 [H, W, 3], of what the network takes the first picture
-                of the batch for; None where the model has no preview
+    guess       makes a rough picture, uint8 [H, W, 3], of what the network takes a picture of the
+                batch for (the first, or that of the number given); None where the model has none
     """
 
     picture: int
@@ -382,7 +382,7 @@ class Progress:
     step: int
     steps: int
     seconds: float
-    guess: Callable[[], Pixels] | None = None
+    guess: Callable[..., Pixels] | None = None
 
 
 @dataclass
