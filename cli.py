@@ -657,6 +657,18 @@ def bench(ctx: typer.Context) -> None:
 app.command(cls=Careful)(batch)
 
 
+@app.command(
+    cls=Careful,
+    add_help_option=False,
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+)
+def serve(ctx: typer.Context) -> None:
+    """Answer over HTTP, as AUTOMATIC1111 and OpenAI do (`sdengine serve --help`)."""
+    from .serve.command import app as serving
+
+    serving(args=ctx.args, prog_name="sdengine serve", standalone_mode=False)
+
+
 @app.command(cls=Careful)
 def doctor(as_json: Json = False) -> None:
     """What this machine can run; for the rest: why not, and the command that mends it."""

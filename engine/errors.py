@@ -26,7 +26,16 @@ SdengineError
 │   ├── TraceError          the traced graph is not what the component's spec says
 │   └── ParityFailure       a graph differs from its reference by more than its gate
 ├── NumericsError           NaN or infinity in a result: component, step and cure are named
-└── StorageError            no space, no permission, a file where a folder should be
+├── StorageError            no space, no permission, a file where a folder should be
+└── ServeError              a server cannot do it, or not now
+    ├── QueueFull           as many requests wait as may wait
+    ├── Stopping            it is going down and takes no more
+    ├── WorkerLost          the engine's process died or hung, twice with the same request
+    ├── DeadlinePassed      the time that the request was given is over
+    ├── Cancelled           somebody called the request off
+    ├── Forbidden           no token, a wrong one, or a page of another site that asks
+    ├── NotFound            no such route, model, job or picture
+    └── TooLarge            more bytes, pixels or pictures than this server takes
 """
 
 from __future__ import annotations
@@ -154,4 +163,44 @@ class NumericsError(SdengineError):
 
 
 class StorageError(SdengineError):
+    pass
+
+
+class ServeError(SdengineError):
+    pass
+
+
+class QueueFull(ServeError):
+    """`after` is when to come again, in seconds."""
+
+    def __init__(self, message: str, *, hint: str, after: float) -> None:
+        super().__init__(message, hint=hint)
+        self.after = after
+
+
+class Stopping(ServeError):
+    pass
+
+
+class WorkerLost(ServeError):
+    pass
+
+
+class DeadlinePassed(ServeError):
+    pass
+
+
+class Cancelled(ServeError):
+    pass
+
+
+class Forbidden(ServeError):
+    pass
+
+
+class NotFound(ServeError):
+    pass
+
+
+class TooLarge(ServeError):
     pass
