@@ -75,7 +75,7 @@ class GraphBackend(ABC):
         raises  BackendUnavailable, FeedMismatch (a bad dimension), CorruptPart, BackendError
         """
         self._check(component.spec, profile)
-        component = component.at(profile.precision)
+        component = self._network(component, profile)
         network = Network(self, component, profile, self._graphs(component), {})
         steps = [name for name in network.graphs if name != "prologue"]
         try:
@@ -87,6 +87,10 @@ class GraphBackend(ABC):
         except SdengineError:
             network.close()
             raise
+
+    def _network(self, component: Component, profile: Profile) -> Component:
+        """What is loaded for a precision."""
+        return component.at(profile.precision)
 
     def _graphs(self, component: Component) -> dict[str, Graph]:
         """The graphs as this backend sees them."""
@@ -201,6 +205,18 @@ class GraphSession:
     @property
     def spec(self) -> ComponentSpec:
         return self._spec
+
+    @property
+    def runner(self) -> Run:
+        """The callable of the graph that a call runs, made now: for the backend's own denoiser.
+
+        raises  SessionClosed, BackendError
+        """
+        if self._run is None:
+            raise self._closed()
+        if self._run == self._first:
+            self._run = self._prepare()
+        return self._run
 
     def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Run once. Results belong to the caller.

@@ -12,8 +12,10 @@ from typing import Any, NoReturn
 import numpy as np
 
 from ..engine.errors import FeedMismatch
-from ..engine.ports import Array
+from ..engine.ports import Array, Handle
 from ..engine.spec import ComponentSpec, Dim, Profile, TensorSpec
+
+_ARRAYS = (np.ndarray, Handle)
 
 
 class Guard:
@@ -49,10 +51,10 @@ class Guard:
             self._refuse_names(feeds)
         for name, dtype, shape in self._expected:
             value = feeds.get(name)
-            if not isinstance(value, np.ndarray) or value.dtype != dtype or value.shape != shape:
+            if not isinstance(value, _ARRAYS) or value.dtype != dtype or value.shape != shape:
                 self._look_closer(name, feeds)
                 assert value is not None, "a missing input does not pass the closer look"
-            if not value.flags.c_contiguous:
+            if isinstance(value, np.ndarray) and not value.flags.c_contiguous:
                 feeds = {**feeds, name: np.ascontiguousarray(value)}
         if not self._static:
             self._sizes_agree(feeds)
@@ -70,7 +72,7 @@ class Guard:
             self._refuse_names(feeds)
         wanted, value = self.open[self._names.index(name)], feeds[name]
         who = f"{self._component}: input {name!r}"
-        if not isinstance(value, np.ndarray):
+        if not isinstance(value, _ARRAYS):
             raise FeedMismatch(
                 f"{who} is a {type(value).__name__}, not a numpy array",
                 hint=f"np.asarray(value, dtype=np.{wanted.dtype}) makes one",

@@ -10,12 +10,12 @@ import numpy as np
 
 from .errors import RequestError
 from .guidance import Conditions, Guidance, Open
-from .loop import Predict, Settle, State, Step
+from .loop import Predict, Settle
 from .memory import Plan
-from .ports import Array, Floats
+from .ports import Array, Blend, Floats, Job, State, Step
 from .preview import predicted, preview
 from .request import Progress, Request
-from .state import Saved
+from .state import Saved, needs_features
 from .table import Row
 from .tasks import Beginning, Streams, Work, inpaint
 from .tiles import Tiled
@@ -43,6 +43,7 @@ class Batch:
     plan: Plan
     guidance: Guidance = field(init=False)
     predict: Predict = field(init=False)
+    blend: Blend | None = field(init=False)
     settle: Settle | None = field(init=False)
 
     def start(self, open_session: Open, resume: Saved | None) -> Array | State:
@@ -60,7 +61,8 @@ class Batch:
         )  # fmt: skip
         tile = self.plan.unet_tile
         self.predict = self.guidance if tile is None else Tiled(self.guidance.part, tile)
-        self.settle = _settle(self.work, self.begun)
+        self.blend = _blend(self.work, self.begun)
+        self.settle = None if self.blend is None else partial(_settled, self.blend)
         x = np.stack([b.x for b in self.begun])
         if resume is None:
             return x
@@ -75,6 +77,17 @@ class Batch:
             own.other.restore(snapshot)
         self.guidance.restore(resume.state.rows, resume.features)
         return resume.state
+
+    def job(self, start: Array | State) -> Job | None:
+        """This batch for a device that runs tables; None where it needs what a table cannot say:
+        tiles, rescaled guidance, or features that only the host has."""
+        table, rescale = self.work.table, self.work.request.rescale
+        state = start if isinstance(start, State) else State.fresh(table, start)
+        if self.plan.unet_tile is not None or rescale != 0.0 or needs_features(table, state.rows):
+            return None
+        sessions = self.guidance.sessions(table, state)
+        halves, channels = self.guidance.guided, self.guidance.channels
+        return Job(table, state, halves, sessions, channels, self.noise, self.blend)
 
     def noise(self) -> Array:
         """Unit noise for one row, [B, C, h, w], each picture's from its own stream."""
@@ -157,8 +170,8 @@ def _conditions(begun: Sequence[Beginning]) -> Conditions:
     return Conditions(together("channels"), together("label"), together("unlabelled"))
 
 
-def _settle(work: Work, begun: Sequence[Beginning]) -> Settle | None:
-    """Puts back, after each row and at its level of noise, what is not to be repainted.
+def _blend(work: Work, begun: Sequence[Beginning]) -> Blend | None:
+    """What puts back, after each row and at its level of noise, what is not to be repainted.
 
     After the last row it is put back clean: a schedule may end a little above no noise at all, but
     the decoder knows nothing of levels.
@@ -170,10 +183,10 @@ def _settle(work: Work, begun: Sequence[Beginning]) -> Settle | None:
     mask = inpaint.mask_of(work)
     alphas = np.append(work.table.alphas[1:-1], 1.0).astype(np.float32)
     sigmas = np.append(work.table.sigmas[1:-1], 0.0).astype(np.float32)
+    return Blend(mask, latent, noise, alphas, sigmas)
 
-    def settle(x: Array, row: Row) -> Array:
-        still = alphas[row.index] * latent + sigmas[row.index] * noise
-        settled: Array = mask * x + (1 - mask) * still
-        return settled
 
-    return settle
+def _settled(blend: Blend, x: Array, row: Row) -> Array:
+    still = blend.alphas[row.index] * blend.latent + blend.sigmas[row.index] * blend.noise
+    settled: Array = blend.mask * x + (1 - blend.mask) * still
+    return settled

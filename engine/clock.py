@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from time import perf_counter
 
-from .ports import Array, Session, Sessions
+from .ports import Array, Denoiser, Job, Session, Sessions, Step
 from .request import Timings
 from .spec import ComponentSpec
 
@@ -32,10 +34,34 @@ class Metered:
             session = self._sessions(component, dims)
         return _MeteredSession(session, self._timings)
 
+    @property
+    def denoiser(self) -> Denoiser | None:
+        """What the sessions inside offer, if they do. Its work is counted as `engine`."""
+        offered: Denoiser | None = getattr(self._sessions, "denoiser", None)
+        return None if offered is None else partial(self._denoise, offered)
+
+    def _denoise(self, offered: Denoiser, job: Job) -> Iterator[Step] | None:
+        sessions = {k: s.inner for k, s in job.sessions.items() if isinstance(s, _MeteredSession)}
+        steps = offered(replace(job, sessions=sessions))
+        return None if steps is None else self._counted(steps)
+
+    def _counted(self, steps: Iterator[Step]) -> Iterator[Step]:
+        while True:
+            start = perf_counter()
+            step = next(steps, None)
+            self._timings.engine += perf_counter() - start
+            if step is None:
+                return
+            yield step
+
 
 class _MeteredSession:
     def __init__(self, session: Session, timings: Timings) -> None:
         self._session, self._timings = session, timings
+
+    @property
+    def inner(self) -> Session:
+        return self._session
 
     @property
     def spec(self) -> ComponentSpec:

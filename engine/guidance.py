@@ -15,12 +15,11 @@ from typing import Literal, NamedTuple, cast
 import numpy as np
 
 from .errors import NumericsError
-from .ports import Array, Session
-from .table import Row
+from .ports import Array, Half, Session, State
+from .table import Row, Table
 from .tiles import WHOLE, Window
 
 Open = Callable[[str, Mapping[str, int]], Session]
-Half = Literal["both", "uncond", "cond"]
 Halves = Literal["together", "apart"]
 Corner = tuple[int, int]  # of a window of the latent: top, left
 OUT = "out_sample"
@@ -74,11 +73,28 @@ class Guidance:
     ) -> None:
         self._open, self._uncond, self._cond = open_session, uncond, cond
         self._conditions = conditions
-        self._guided: tuple[Half, ...] = ("both",) if halves == "together" else ("uncond", "cond")
+        self.guided: tuple[Half, ...] = ("both",) if halves == "together" else ("uncond", "cond")
         self._rescale = rescale
         self._bound: dict[Half, Session] = {}
         self._graphs: dict[tuple[Half, str], Session] = {}
         self._cached: dict[Corner, Cached] = {}
+
+    @property
+    def channels(self) -> Array | None:
+        """What is joined behind x, [B, C, h, w]."""
+        return self._conditions.channels
+
+    def sessions(self, table: Table, state: State) -> dict[tuple[Half, str], Session]:
+        """All that the rows from there on run, opened now: (half, graph) -> session."""
+        wanted = {
+            (half, row.graph)
+            for row in table.rows()[state.rows :]
+            for half in (self.guided if row.guidance != 1.0 else ("cond",))
+        }
+        return {
+            (half, graph): self._session(half, graph, *state.x.shape[2:])
+            for half, graph in sorted(wanted)
+        }
 
     @property
     def cached_from(self) -> int | None:
@@ -92,7 +108,7 @@ class Guidance:
         `both.0,0.features0` -> array: half, corner of the window, name
         """
         return {
-            f"{half}.{corner[0]},{corner[1]}.{name}": value
+            f"{half}.{corner[0]},{corner[1]}.{name}": np.asarray(value)
             for corner, kept in self._cached.items()
             for half, arrays in kept.halves.items()
             for name, value in arrays.items()
@@ -118,7 +134,7 @@ class Guidance:
         held for each.
         """
         guided = row.guidance != 1.0
-        halves = self._guided if guided else ("cond",)
+        halves = self.guided if guided else ("cond",)
         beside = self._conditions.channels
         sample = x if beside is None else np.concatenate([x, beside[..., *window]], axis=1)
         corner = _corner(window)
@@ -147,7 +163,7 @@ class Guidance:
     def _run(self, half: Half, sample: Array, row: Row, corner: Corner) -> dict[str, Array]:
         """One call of the row's graph."""
         x = np.concatenate([sample, sample]) if half == "both" else sample
-        session = self._session(half, row.graph, x)
+        session = self._session(half, row.graph, *x.shape[2:])
         feeds = {"sample": x, "timestep": np.full(len(x), row.t, np.float32)}
         if row.graph.startswith("shallow"):
             wanted = session.spec.inputs[-1].name
@@ -180,13 +196,13 @@ class Guidance:
             out *= phi * (before / _deviation(out)) + (1 - phi)
         return out
 
-    def _session(self, half: Half, graph: str, x: Array) -> Session:
+    def _session(self, half: Half, graph: str, h: int, w: int) -> Session:
         """The UNet with the text held fixed, opened when the first row needs it."""
         if (half, graph) not in self._graphs:
             if half not in self._bound:
                 text = self._text(half)
                 held = {"encoder_hidden_states": text, **self._labels(half)}
-                dims = {"B": len(text), "T": text.shape[1], "h": x.shape[2], "w": x.shape[3]}
+                dims = {"B": len(text), "T": text.shape[1], "h": h, "w": w}
                 self._bound[half] = self._open("unet", dims).bind(held)
             self._graphs[half, graph] = self._bound[half].graph(graph)
         return self._graphs[half, graph]

@@ -3,42 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
-from .ports import Array
+from .ports import Array, State
 from .table import Row, Table
 
 Predict = Callable[[Array, Row], Array]
 Settle = Callable[[Array, Row], Array]
 
 
-@dataclass(frozen=True)
-class State:
-    """Where a run is between two rows: all that its next rows need, and the caller's to keep.
-
-    rows        how many rows are done
-    x           the latent [B, C, h, w]
-    history     [2 * depth, x.size]: the last x and outputs, as the loop's rings hold them
-    """
-
-    rows: int
-    x: Array
-    history: Array
-
-    @classmethod
-    def fresh(cls, table: Table, x: Array) -> State:
-        return cls(0, x, np.zeros((2 * table.depth, x.size), x.dtype))
-
-
 class Step(NamedTuple):
-    """What one row did.
+    """What one row did: `ports.Step`.
 
-    x       the new latent [B, C, h, w]; the caller's to keep
-    before  the latent that the network was given
-    out     what the network answered (guided)
     rings   the loop's own history, which the next row overwrites
     """
 

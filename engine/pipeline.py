@@ -18,9 +18,9 @@ from .clock import Metered, stage
 from .errors import RequestError
 from .finish import Finisher, Picture
 from .given import Given
-from .loop import State, denoise
+from .loop import denoise
 from .noise import VariedNoise, noise_stream
-from .ports import Floats, Sessions
+from .ports import Array, Floats, Sessions, State, Step
 from .request import Progress, Request, Timings
 from .setup import set_up
 from .state import Saved
@@ -169,10 +169,13 @@ class Pipeline:
                 )
                 start = batch.start(sessions, control.resume)
                 x, done = (start.x, start.rows) if isinstance(start, State) else (start, 0)
+                step: Step | None = None
                 with stage(timings, "denoise"):
-                    last = perf_counter()
-                    for step in denoise(table, batch.predict, start, batch.noise, batch.settle):
-                        x, done, now = step.x, step.row.index + 1, perf_counter()
+                    before, last = len(timings.rows), perf_counter()
+                    since = last
+                    steps, ahead = _steps(sessions, batch, start, control.on_state is not None)
+                    for step in steps:
+                        done, now = step.row.index + 1, perf_counter()
                         timings.rows.append(now - last)
                         if control.on_state is not None:
                             control.on_state(batch.saved(step))
@@ -181,6 +184,10 @@ class Pipeline:
                         if done == control.stop_after:
                             break
                         last = perf_counter()
+                    if step is not None:
+                        x = step.x  # the only one that is read, unless somebody watches
+                    if ahead:
+                        _even(timings.rows, before, since)
                 if done == len(table):
                     with stage(timings, "decode"):
                         for k, latent in enumerate(x):
@@ -225,15 +232,18 @@ class Pipeline:
             batch = Batch(self.bundle.id, work, 0, streams, begun, texts, {}, setting.plan)
             start = batch.start(sessions, None)
             assert not isinstance(start, State), "nothing was resumed"
-            x = start
             with stage(timings, "denoise"):
-                last = perf_counter()
-                for step in denoise(setting.table, batch.predict, start, batch.noise, batch.settle):
-                    x, now = step.x, perf_counter()
+                since = last = perf_counter()
+                steps, ahead = _steps(sessions, batch, start)
+                for step in steps:
+                    now = perf_counter()
                     timings.rows.append(now - last)
                     if on_step is not None:
                         on_step(batch.progress(step, now - last))
                     last = perf_counter()
+                x = step.x
+                if ahead:
+                    _even(timings.rows, 0, since)
             cost = presets.cost(setting.table, presets.costs_of(self._unet))
             about = {**self.about, "cost": f"{cost:.4g}"}
             with stage(timings, "decode"):
@@ -306,6 +316,28 @@ def _request(request: Request | None, fields: dict[str, Any]) -> Request:
             hint="give one Request, or keyword arguments alone",
         )
     return request
+
+
+def _steps(
+    sessions: Metered, batch: Batch, start: Array | State, saved: bool = False
+) -> tuple[Iterator[Step], bool]:
+    """The run's steps, and whether the host runs ahead of a device that makes them.
+
+    saved       after each row: there is nothing to gain then from a device that runs alone
+    """
+    if sessions.denoiser is not None and not saved:
+        job = batch.job(start)
+        steps = None if job is None else sessions.denoiser(job)
+        if steps is not None:
+            return steps, True
+    return denoise(batch.work.table, batch.predict, start, batch.noise, batch.settle), False
+
+
+def _even(rows: list[float], before: int, since: float) -> None:
+    """Where the host only enqueues, its times say nothing about one row: all of a batch get the
+    mean."""
+    count = len(rows) - before
+    rows[before:] = [(perf_counter() - since) / count] * count if count else []
 
 
 def _running(timings: Timings) -> AbstractContextManager[None]:

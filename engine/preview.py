@@ -9,8 +9,7 @@ import numpy as np
 
 from .bundle import PreviewFacts
 from .images import Pixels
-from .loop import Step
-from .ports import Array
+from .ports import Array, Step
 from .table import Table
 
 

@@ -22,8 +22,7 @@ import numpy as np
 
 from . import fields, images
 from .errors import BadManifest, CorruptPart, RequestError, StorageError
-from .loop import State
-from .ports import Array
+from .ports import Array, State
 from .table import Table
 from .weights import read_header
 

@@ -14,8 +14,9 @@ import pytest
 
 from sdengine.engine import images, schedule, solvers, state
 from sdengine.engine.errors import RequestError, StorageError
-from sdengine.engine.loop import State, denoise
+from sdengine.engine.loop import denoise
 from sdengine.engine.noise import noise_stream
+from sdengine.engine.ports import State
 from sdengine.engine.schedule import Training
 
 TRAINING = Training.scaled_linear(0.00085, 0.012, 1000)
