@@ -12,6 +12,7 @@ from ..engine.ports import Backend, Probe
 REGISTRY = {
     "openvino": "openvino:OpenVINO",
     "onnxruntime": "onnxruntime:OnnxRuntime",
+    "ipex": "ipex:Ipex",
     "torch": "torch:Torch",
 }
 NAMES = tuple(REGISTRY)

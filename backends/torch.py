@@ -1,10 +1,15 @@
-"""torch, eager: the yardstick. The networks are those that the export traces, run as they are.
+"""torch: the yardstick, as fast as torch is. The networks are those that the export traces.
 
-checked by  tests/contract/test_backends.py
+Channels last, torch's own attention kernel, and in bfloat16 all of it: weights and arithmetic. With
+$SDENGINE_TORCH=compile each graph goes through torch.compile in its first call: minutes for a
+full-size network, a C++ compiler is needed, and docs/numerics.md says what it brings.
+
+checked by  tests/contract/test_backends.py, tests/unit/test_backend_torch.py
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -43,10 +48,10 @@ class Torch(GraphBackend):
             return Probe(False, f"the package {error.name} is not installed", mend)
         except Exception as error:
             return Probe(False, f"torch cannot be imported: {first_line(error)}", mend)
-        fast = {"avx512_bf16", "amx_bf16"} & set(machine.processor().split())
-        precisions: tuple[Precision, ...] = ("bf16", "f32") if fast else ("f32",)
         reason = f"torch {torch.__version__} on CPU, {machine.threads()} threads"
-        return Probe(True, reason, precisions=precisions, speed=10)
+        if _compiles():
+            reason += ", through torch.compile"
+        return Probe(True, reason, precisions=precisions(), speed=10)
 
     def compile(self, component: Component, graph: Graph, profile: Profile) -> TorchNetwork:
         import torch
@@ -56,8 +61,33 @@ class Torch(GraphBackend):
         key = (component.spec.name, str(component.weights), component.key, profile.precision)
         module = self._modules.get(key)
         if module is None:
-            module = self._modules[key] = _loaded(component, profile.precision)
-        return TorchNetwork(module, graph)
+            module = _loaded(component, profile.precision)
+            module = self._modules[key] = self.prepared(module, profile.precision)
+        return TorchNetwork(self.answer(module, graph))
+
+    def prepared(self, module: nn.Module, precision: Precision) -> nn.Module:
+        """The network with its weights laid out for speed."""
+        import torch
+
+        # Convolutions take their layout from their weights: what flows between them follows.
+        return module.to(memory_format=torch.channels_last)
+
+    def answer(self, module: nn.Module, graph: Graph) -> Answer:
+        """What runs for this graph: a function of its named tensors."""
+        import torch
+
+        found = plain_answer(module, graph)
+        return torch.compile(found, dynamic=False) if _compiles() else found
+
+
+def precisions() -> tuple[Precision, ...]:
+    """What pays off in torch on this processor, fastest first."""
+    fast = {"avx512_bf16", "amx_bf16"} & set(machine.processor().split())
+    return ("bf16", "f32") if fast else ("f32",)
+
+
+def _compiles() -> bool:
+    return os.environ.get("SDENGINE_TORCH") == "compile"
 
 
 def _loaded(component: Component, precision: Precision) -> nn.Module:
@@ -84,35 +114,42 @@ def _loaded(component: Component, precision: Precision) -> nn.Module:
 
 
 class TorchNetwork:
-    """A module; its arguments are named as the component's inputs."""
+    """What a module answers; the arguments are named as the component's inputs."""
 
-    def __init__(self, module: nn.Module, graph: Graph) -> None:
-        self._module: nn.Module | None = module
-        self._graph = graph
+    def __init__(self, answer: Answer) -> None:
+        self._answer: Answer | None = answer
 
     def open(self, held: Mapping[str, Array]) -> Run:
         import torch
 
-        assert self._module is not None, "a closed network opens nothing"
-        answer = _answer(self._module, self._graph)
-        fixed = {name: torch.from_numpy(value) for name, value in held.items()}
+        from ..export.modules.ops import fused_attention
+
+        assert self._answer is not None, "a closed network opens nothing"
+        answer = self._answer
+        fixed = {name: _tensor(value) for name, value in held.items()}
 
         def run(feeds: Mapping[str, Array]) -> dict[str, Array]:
-            # from_numpy shares memory, and warns about arrays that may not be written.
-            given = {
-                n: torch.from_numpy(v if v.flags.writeable else v.copy()) for n, v in feeds.items()
-            }
-            with torch.inference_mode():
+            given = {name: _tensor(value) for name, value in feeds.items()}
+            with torch.inference_mode(), fused_attention():
                 results = answer(**fixed, **given)
             return {n: x.float().contiguous().numpy() for n, x in results.items()}
 
         return run
 
     def close(self) -> None:
-        self._module = None
+        self._answer = None
 
 
-def _answer(module: Any, graph: Graph) -> Answer:
+def _tensor(value: Array) -> Tensor:
+    """Shares memory where it can; pictures and features in the layout of the convolutions."""
+    import torch
+
+    # from_numpy warns about arrays that may not be written
+    found = torch.from_numpy(value if value.flags.writeable else value.copy())
+    return found.contiguous(memory_format=torch.channels_last) if found.ndim == 4 else found
+
+
+def plain_answer(module: Any, graph: Graph) -> Answer:
     """What the module does for this graph, as a function of named tensors."""
     output, *further = (t.name for t in graph.outputs)
     kind = graph.name.partition("@")[0]

@@ -6,7 +6,9 @@ these, so that a graph pass or an engine sees one form only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Self
 
 import torch
@@ -14,6 +16,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 HALF = (torch.float16, torch.bfloat16)
+
+_FUSED: ContextVar[bool] = ContextVar("fused attention", default=False)
+
+
+@contextmanager
+def fused_attention() -> Iterator[None]:
+    """Inside, `attention` is torch's own kernel, which never writes the scores down.
+
+    For running the networks, in this thread or task alone; a trace wants the plain spelling.
+    """
+    before = _FUSED.set(True)
+    try:
+        yield
+    finally:
+        _FUSED.reset(before)
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -36,6 +53,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, bias: Tensor | None =
     q = (q * d**-0.5).reshape(batch, -1, heads, d).transpose(1, 2)  # [B, heads, T, d]
     k = k.reshape(batch, -1, heads, d).transpose(1, 2)
     v = v.reshape(batch, -1, heads, d).transpose(1, 2)
+    if bias is None and _FUSED.get():
+        out = F.scaled_dot_product_attention(q, k, v, scale=1.0)  # scores in float32 inside
+        return out.transpose(1, 2).reshape(batch, -1, heads * d)
     scores = q @ k.transpose(-1, -2)
     if scores.dtype in HALF:
         scores = scores.float()

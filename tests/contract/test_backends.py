@@ -2,6 +2,7 @@
 
 The yardstick is torch in float32, called here directly on export's modules, not through a backend.
 Where the environment says CI=true, a backend that cannot run is a failure; elsewhere it is skipped.
+A backend that needs an environment of its own is tested there: SDENGINE_CONTRACT=ipex.
 """
 
 from __future__ import annotations
@@ -28,12 +29,14 @@ MARKS = {
     "onnxruntime": pytest.mark.ort,
     "torch": pytest.mark.export,
 }
+APART = ("ipex",)  # fits one old torch alone
+CHOSEN = os.environ.get("SDENGINE_CONTRACT", ",".join(MARKS)).split(",")
 
 pytestmark = pytest.mark.export
 
 
 @pytest.fixture(
-    scope="module", params=[pytest.param(n, marks=MARKS[n], id=n) for n in backends.NAMES]
+    scope="module", params=[pytest.param(n, marks=MARKS.get(n, ()), id=n) for n in CHOSEN]
 )
 def backend(request):
     found = backends.get(request.param)
@@ -128,6 +131,10 @@ def deviations(found: np.ndarray, wanted: np.ndarray) -> float:
 def psnr_db(found: np.ndarray, wanted: np.ndarray) -> float:
     """Peak: the range of the reference."""
     return float(20 * np.log10(np.ptp(wanted) / np.sqrt(np.mean((found - wanted) ** 2))))
+
+
+def test_every_backend_is_tested_somewhere():
+    assert {*MARKS, *APART} == set(backends.NAMES)
 
 
 @pytest.mark.parametrize("name", COMPONENTS)

@@ -84,7 +84,7 @@ def drawn(variant_bundle):
     def draw(row):
         bundle = variant_bundle(TASKS[row][0])
         pictures = {}
-        for name in backends.NAMES:
+        for name in TITLES:
             probe = backends.get(name).probe()
             if not probe.ok and not os.environ.get("CI"):
                 pytest.skip(f"{name} cannot run here: {probe.reason}")
@@ -137,9 +137,9 @@ def cell(db: float) -> str:
 def test_readme_says_what_was_measured():
     found = json.loads(RECORD.read_text())
     assert list(found) == list(TASKS)
-    assert set(TITLES) == set(backends.NAMES)
+    assert set(TITLES) == set(backends.NAMES) - {"ipex"}, "it runs torch's networks"
     for figures in found.values():
-        assert set(figures) == set(backends.NAMES) - {"torch"}
+        assert set(figures) == set(TITLES) - {"torch"}
         assert min(figures.values()) >= LEAST
     _, inside, _ = split(README.read_text(encoding="utf-8"))
     assert inside == table(found)

@@ -42,7 +42,7 @@ def stubs(monkeypatch):
 
 
 def test_every_name_gives_its_backend():
-    assert backends.NAMES == ("openvino", "onnxruntime", "torch")
+    assert backends.NAMES == ("openvino", "onnxruntime", "ipex", "torch")
     for name in (*backends.NAMES, "fake"):
         assert backends.get(name).name == name
 
