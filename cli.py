@@ -18,6 +18,7 @@ from typer.core import TyperCommand
 from . import __version__
 from .engine.errors import NotABundle, RequestError, SdengineError, UnknownName
 from .serve.batch_command import batch
+from .serve.pack_command import pack
 
 if TYPE_CHECKING:
     from .engine.pipeline import Result
@@ -655,6 +656,7 @@ def bench(ctx: typer.Context) -> None:
 
 
 app.command(cls=Careful)(batch)
+app.command(cls=Careful)(pack)
 
 
 @app.command(

@@ -25,6 +25,7 @@ SdengineError
 │   ├── MissingExtra        a package of an extra is not installed
 │   ├── TraceError          the traced graph is not what the component's spec says
 │   └── ParityFailure       a graph differs from its reference by more than its gate
+├── PackError               a box's file could not be put together: wheels are missing, or too large
 ├── NumericsError           NaN or infinity in a result: component, step and cure are named
 ├── StorageError            no space, no permission, a file where a folder should be
 └── ServeError              a server cannot do it, or not now
@@ -155,6 +156,10 @@ class TraceError(ExportError):
 
 
 class ParityFailure(ExportError):
+    pass
+
+
+class PackError(SdengineError):
     pass
 
 
