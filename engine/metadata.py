@@ -15,7 +15,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
@@ -148,14 +148,15 @@ def _directory(at: int, entries: Sequence[tuple[int, int, bytes]]) -> bytes:
     return rows + bytes(4) + values
 
 
-def read_metadata(path: Path) -> Metadata:
+def read_metadata(path: Path, content: BinaryIO | None = None) -> Metadata:
     """What the picture at `path` says; an empty Metadata when it says nothing.
 
+    content  the file's bytes, where they are at hand; `path` is then its name in messages alone
     raises   StorageError when the file cannot be read, RequestError when it is not a picture or
              holds a damaged `sdengine` entry
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path if content is None else content) as image:
             parameters, ours = _png_texts(image) if image.format == "PNG" else _exif_texts(image)
     except (UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
         raise RequestError(

@@ -16,13 +16,14 @@ from starlette.exceptions import HTTPException
 
 from .. import __version__
 from ..engine.errors import NotFound, RequestError, SdengineError
-from . import health, jobs_api
+from . import health, jobs_api, openai_api, sdapi, sdapi_extras
 from .config import Config
 from .faces import Json, answer, face_of
 from .guard import Guard
 from .models import Models
 from .pool import Pool
 from .served import Served
+from .urls import Urls
 
 log = logging.getLogger("sdengine.serve")
 
@@ -64,7 +65,8 @@ def create_app(config: Config) -> FastAPI:
         default_response_class=Json, responses={k: dict(v) for k, v in ERRORS.items()},
     )  # fmt: skip
     app.state.served = parts
-    for module in (health, jobs_api):
+    app.state.urls = Urls(config.keep_s, config.keep_bytes)
+    for module in (health, jobs_api, sdapi, sdapi_extras, openai_api):
         app.include_router(module.router)
     app.add_exception_handler(SdengineError, _expected)
     app.add_exception_handler(RequestValidationError, _misshapen)
@@ -77,7 +79,7 @@ def create_app(config: Config) -> FastAPI:
 async def _expected(call: Call, error: Exception) -> Json:
     assert isinstance(error, SdengineError)
     call.app.state.served.pool.metrics.refused.labels(type(error).__name__).inc()
-    return answer(face_of(call.url.path), error)
+    return answer(face_of(call.url.path), error, param=getattr(error, "param", None))
 
 
 async def _misshapen(call: Call, error: Exception) -> Json:
@@ -90,6 +92,7 @@ async def _misshapen(call: Call, error: Exception) -> Json:
         f"{where}: {first['msg']}"[:500], hint="GET /openapi.json describes each request"
     )
     face = face_of(call.url.path)
+    call.app.state.served.pool.metrics.refused.labels("misfit").inc()
     return answer(face, told, status=400 if face == "openai" else 422, param=where)
 
 

@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from ..engine.batch import APART
 from ..engine.request import SEED_END, Request
 
 MaskFrom = Literal["lightness", "clear"]
+Fill = Literal["none", "around"]
+
+
+@dataclass(frozen=True)
+class Region:
+    """Only what the mask covers is made, at the full size, and put back in its place.
+
+    padding     pixels around the mask that are shown to the model
+    blur        pixels, of the seam
+    """
+
+    padding: int
+    blur: int
 
 
 @dataclass(frozen=True)
@@ -18,12 +31,15 @@ class Pictures:
     """Encoded pictures, as they came. They are unpacked in the worker.
 
     mask_from   `lightness`: white is repainted; `clear`: what is transparent is
+    fill        what is masked is first painted over with the colours `around`, or kept (`none`)
     """
 
     images: tuple[bytes, ...] = ()
     mask: bytes | None = None
     mask_from: MaskFrom = "lightness"
     depth: bytes | None = None
+    fill: Fill = "none"
+    region: Region | None = None
 
     def __bool__(self) -> bool:
         return bool(self.images) or self.mask is not None or self.depth is not None
@@ -39,6 +55,8 @@ class Pictures:
             "images": len(self.images),
             "mask": None if self.mask is None else self.mask_from,
             "depth": self.depth is not None,
+            "fill": self.fill,
+            "region": None if self.region is None else asdict(self.region),
         }
 
 

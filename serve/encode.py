@@ -30,8 +30,6 @@ def metadata(made: Made) -> Metadata:
     """What is written into it; of an interrupted picture, that it was."""
     about = {**made.about, INTERRUPTED: "yes"} if made.rough else dict(made.about)
     request = made.request.to_dict()
-    if request["sampler"] is None:  # an interrupted one, which was never completed
-        return Metadata(made.request.prompt, request, about)
     return describe(request, about, (made.width, made.height))
 
 
@@ -52,13 +50,17 @@ def encoded(made: Made, kind: str = "png", quality: int | None = None) -> bytes:
     return out.getvalue()
 
 
-def rough_png(rough: Rough, enlarge: int = 1) -> bytes:
+def enlarged(rough: Rough) -> Image.Image:
+    """At the size of what is being made."""
     image = Image.frombytes("RGB", (rough.width, rough.height), rough.pixels)
-    if enlarge > 1:
-        size = (rough.width * enlarge, rough.height * enlarge)
-        image = image.resize(size, Image.Resampling.BILINEAR)
+    size = (rough.width * rough.factor, rough.height * rough.factor)
+    return image.resize(size, Image.Resampling.BILINEAR)
+
+
+def rough_png(rough: Rough, *, large: bool = False) -> bytes:
+    image = Image.frombytes("RGB", (rough.width, rough.height), rough.pixels)
     out = io.BytesIO()
-    image.save(out, "PNG", compress_level=1)
+    (enlarged(rough) if large else image).save(out, "PNG", compress_level=1)
     return out.getvalue()
 
 

@@ -31,11 +31,12 @@ class Event:
 
 @dataclass(frozen=True)
 class Rough:
-    """A small picture of what the network takes the result for; RGB."""
+    """A small picture of what the network takes the result for; RGB, 1/factor of its size."""
 
     width: int
     height: int
     pixels: bytes
+    factor: int = 1
 
 
 class Job:

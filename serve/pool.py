@@ -35,6 +35,7 @@ from ..engine.request import Request
 from .asks import Ask, Made
 from .child import Child, failure
 from .config import Config
+from .encode import enlarged
 from .jobs import Job, Rough
 from .metrics import Metrics
 from .wire import Message
@@ -335,7 +336,7 @@ class Pool:
             rough = None
             if slot < len(message.blobs):
                 height, width = fields["rough"][slot]
-                rough = Rough(width, height, message.blobs[slot])
+                rough = Rough(width, height, message.blobs[slot], fields["factor"])
             if not job.over:
                 job.stepped(fields["step"], fields["steps"], rough)
 
@@ -365,7 +366,9 @@ def _made(message: Message) -> Made:
 
 def _unfinished(job: Job) -> Made:
     """The rough picture of a part that was interrupted, in its place."""
-    rough = job.rough
-    assert rough is not None
-    request = job.parts[job.part]
-    return Made(rough.width, rough.height, rough.pixels, request, {}, rough=True)
+    assert job.rough is not None
+    pictures, asked = job.ask.pictures, job.parts[job.part]
+    task = "inpaint" if pictures.mask is not None else "img2img" if pictures.images else "txt2img"
+    whole = asked.completed(task if asked.task is None else asked.task, None).own(0)
+    image = enlarged(job.rough)
+    return Made(image.width, image.height, image.tobytes(), whole, {}, rough=True)

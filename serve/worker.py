@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ..engine.errors import RequestError, SdengineError
 from . import wire
+from .masked import PutBack, masked, unchanged
 from .wire import Message
 
 if TYPE_CHECKING:
@@ -121,6 +122,9 @@ class Worker:
         pipe = self.shelf.get(fields["model"])
         requests = [Request.from_dict(values) for values in fields["requests"]]
         given = pictures(fields, message.blobs)
+        put_back: PutBack = unchanged
+        if fields["fill"] != "none" or fields["region"] is not None:
+            requests[0], given, put_back = masked(requests[0], given, fields)
 
         def on_step(at: Progress) -> None:
             if run == self._stopped:
@@ -130,7 +134,7 @@ class Worker:
             small = [pixels[::factor, ::factor] for pixels in rough]
             shapes = [list(pixels.shape[:2]) for pixels in small]
             self.say("step", [pixels.tobytes() for pixels in small], run=run, step=at.step,
-                     steps=at.steps, rough=shapes)  # fmt: skip
+                     steps=at.steps, rough=shapes, factor=factor)  # fmt: skip
 
         if run == self._stopped:
             raise Stopped
@@ -145,10 +149,10 @@ class Worker:
                 timings.append(answer.timings)
             warnings.extend(answer.warnings)
             for picture in answer.pictures:
-                width, height = picture.image.size
-                self.say("made", [picture.image.tobytes()], run=run, slot=slot, width=width,
-                         height=height, request=picture.request.to_dict(),
-                         about=picture.about)  # fmt: skip
+                image, about = put_back(picture.image, picture.about)
+                self.say("made", [image.tobytes()], run=run, slot=slot, width=image.width,
+                         height=image.height, request=picture.request.to_dict(),
+                         about=about)  # fmt: skip
         self.say("done", run=run, seconds=perf_counter() - start, timings=_summed(timings),
                  warnings=warnings, rss=self._rss(), models=self.shelf.names,
                  crowded=self.shelf.crowded)  # fmt: skip
