@@ -19,7 +19,7 @@ from .engine.given import Given
 from .engine.metadata import read_metadata
 from .engine.paths import cache_dir
 from .engine.pipeline import Pipeline
-from .engine.ports import Backend, Probe, Session
+from .engine.ports import Backend, Denoiser, Probe, Session
 from .engine.presets import PRESETS
 from .engine.spec import PRECISIONS, Precision, Profile
 
@@ -218,6 +218,11 @@ class EngineSessions:
         like = Profile() if like is None else like
         self._profile = replace(like, precision=precision, threads=threads)
         self._open: OrderedDict[tuple[str, Profile], Session] = OrderedDict()
+
+    @property
+    def denoiser(self) -> Denoiser | None:
+        """That of the backend, where it has one."""
+        return getattr(self._backend, "denoiser", None)
 
     def __call__(self, component: str, dims: Mapping[str, int]) -> Session:
         if component not in self._bundle.components:

@@ -76,14 +76,14 @@ class RunCommand(Careful):
     """Its help names the defaults and the choices, which only the engine knows."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        from .backends import NAMES
+        from .backends import ALL
         from .engine.request import DEFAULTS, NAMES_OF, Request
         from .engine.spec import PRECISIONS
 
         choices: dict[str, Iterable[str]] = {
             **NAMES_OF,
             "precision": PRECISIONS,
-            "backend": ("auto", *NAMES),
+            "backend": ("auto", *ALL),
         }
         own = Request().to_dict()
         for option in self.params:

@@ -16,15 +16,21 @@ REGISTRY = {
     "torch": "torch:Torch",
 }
 NAMES = tuple(REGISTRY)
+# Asked for by name: none is proved on every machine that has a GPU.
+GPU = {
+    "trt": "tensorrt:TensorRT",
+    "trt-rtx": "tensorrt:TensorRTRTX",
+}
+ALL = (*NAMES, *GPU)
 # Known answers for tests; never chosen, never listed.
 UNLISTED = {"fake": "fake:Fake"}
 
 
 def get(name: str) -> Backend:
     """A backend by name. Raises UnknownName."""
-    place = (REGISTRY | UNLISTED).get(name)
+    place = (REGISTRY | GPU | UNLISTED).get(name)
     if place is None:
-        raise UnknownName("backend", name, NAMES)
+        raise UnknownName("backend", name, ALL)
     module, _, attribute = place.partition(":")
     backend: Backend = getattr(importlib.import_module(f".{module}", __name__), attribute)()
     return backend

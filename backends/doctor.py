@@ -16,7 +16,7 @@ from typing import Any
 from ..engine.errors import StorageError
 from ..engine.paths import cache_dir
 from ..engine.ports import Probe
-from . import NAMES, get, limits, machine
+from . import ALL, get, limits, machine
 
 Version = Callable[[str], str | None]
 
@@ -41,6 +41,7 @@ PACKAGES = (
     "nncf",
     "tensorrt",
     "tensorrt-rtx-cu13",
+    "cuda-bindings",
     "intel-extension-for-pytorch",
 )
 
@@ -134,7 +135,7 @@ def _build(version: str) -> str:
 
 def examine() -> dict[str, Any]:
     """Everything that `doctor` shows; plain JSON types."""
-    probes = {name: get(name).probe() for name in NAMES}
+    probes = {name: get(name).probe() for name in ALL}
     return {
         "python": {"version": platform.python_version(), "executable": sys.executable},
         "system": platform.platform(),
