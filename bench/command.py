@@ -273,8 +273,24 @@ def peers(
         str | None, typer.Option(help="Peers, with commas between; without it, all.")
     ] = None,
     out: Out = Path("peers.json"),
-    rounds: Annotated[int, typer.Option(min=2, help="Pictures of each, A B A B.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of each peer, A B A C A.")] = 5,
+    turns: Annotated[
+        str | None, typer.Option(help="Other numbers of turns: diffusers-f32=1,exact=3.")
+    ] = None,
+    fewer: Annotated[
+        str | None,
+        typer.Option(help="Fewer steps for slow ones, their picture composed: sdcpp-q8_0=2."),
+    ] = None,
     warm_ups: WarmUps = 1,
+    warm_steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps of a warm-up; without it, --steps.")
+    ] = None,
+    limit: Annotated[
+        float, typer.Option(min=1, help="Seconds for one load or picture; then it is a failed row.")
+    ] = 1800.0,
+    reference: Annotated[
+        Path | None, typer.Option(help="File that keeps our float32 picture for the next run.")
+    ] = None,
     size: Size = "512x512",
     steps: Annotated[int, typer.Option("--steps", "-s", help="Levels of noise.")] = 20,
     guidance: Annotated[float, typer.Option("--guidance", "-g", help="Scale; 1 is off.")] = 7.5,
@@ -287,14 +303,21 @@ def peers(
 ) -> None:
     """Other engines against ours, in turn in one run: ratios that hold on a noisy machine."""
     from . import cases as known
-    from . import interleave
+    from . import interleave, pace
     from .peers.catalogue import PEERS
 
     request = {"seed": known.SEED, "prompt": known.PROMPTS[0], "sampler": sampler, "steps": steps}
     request |= {"guidance": guidance, **sides(size)}
     chosen = tuple(PEERS) if against is None else names(against)
-    setup = interleave.setup(model, home, names(ours), chosen, threads)
-    found = interleave.run(setup, request, out, reporter(quiet), rounds=rounds, warmups=warm_ups)
+    setup = interleave.setup(model, home, names(ours), chosen, threads, limit)
+    asked, few = pace.counts("--turns", turns), pace.counts("--fewer", fewer)
+    pace.check_names("--turns", asked, [*setup.peers, *setup.ours])
+    pace.check_names("--fewer", few, list(setup.peers))
+    paced = pace.Pace(rounds, asked, few, warm_ups, warm_steps)
+    precisions = ("f32", "bf16", "int8")
+    found = interleave.run(
+        setup, request, out, reporter(quiet), paced, keep=reference, rates=precisions
+    )
     show(found, out, as_json)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..backends import doctor, machine
+from ..backends import doctor, limits, machine
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,7 +28,7 @@ def conditions(root: Path = Path("/")) -> dict[str, Any]:
         "processor": {
             "name": machine.processor(),
             "visible": os.cpu_count(),
-            "quota": machine._quota(root),
+            "quota": limits.quota(root),
             "threads": machine.threads(),
             "governor": _text(root / "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
         },

@@ -34,7 +34,10 @@ def markdown(results: Results) -> str:
 
 def table(results: Results) -> str:
     """The table and one paragraph of conditions: what a README takes."""
-    return "\n".join([*_table(results), "", *_conditions(results)])
+    found = [*_table(results), ""] if results.rows or not results.ratios else []
+    pairs = [*ratio_table(results.ratios), ""] if results.ratios else []
+    notes = [f"Note: {note}." for note in results.notes] if pairs else []
+    return "\n".join([*found, *pairs, *_conditions(results), *notes])
 
 
 def _table(results: Results) -> Iterator[str]:
@@ -217,11 +220,16 @@ def ratio_cells(pair: Mapping[str, Any]) -> list[str]:
     return [
         pair["peer"],
         pair["ours"],
-        *(spread(pair["seconds"][who]) for who in both),
+        spread(pair["seconds"]["peer"]) + _composed(pair),
+        spread(pair["seconds"]["ours"]),
         f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})",
         ", ".join("?" if peak is None else size(peak) for peak in peaks),
         ", ".join(_one_quality(pair["quality"][who]) for who in both),
     ]
+
+
+def _composed(pair: Mapping[str, Any]) -> str:
+    return f", composed of {pair['composed_of']} steps" if "composed_of" in pair else ""
 
 
 def _one_quality(found: Mapping[str, Any] | None) -> str:

@@ -101,12 +101,29 @@ PEERS: Mapping[str, Peer] = {
     "torch-f32": _ours("our own torch modules, eager, float32", backend="torch", precision="f32"),
 }
 
+OWN_WAY = {"steps": None, "sampler": None}  # a preset has both, where the request leaves them open
+
 OURS: Mapping[str, Peer] = {
     "f32": _ours("OpenVINO, float32", backend="openvino", precision="f32"),
     "exact": _ours("OpenVINO, bfloat16, no caching", backend="openvino", precision="bf16"),
     "high": _ours("OpenVINO, int8, no caching", backend="openvino", precision="int8"),
     "balanced": _ours(
-        "OpenVINO, preset balanced", {"preset": "balanced"}, backend="openvino", precision="int8"
+        "OpenVINO, int8, preset balanced as it is: its own sampler, steps and feature cache",
+        {"preset": "balanced", **OWN_WAY},
+        backend="openvino",
+        precision="int8",
+    ),
+    "balanced-same-steps": _ours(
+        "OpenVINO, int8, preset balanced's feature cache with the sampler and steps of the others",
+        {"preset": "balanced"},
+        backend="openvino",
+        precision="int8",
+    ),
+    "balanced-bf16": _ours(
+        "OpenVINO, bfloat16, preset balanced as it is: its own sampler, steps and feature cache",
+        {"preset": "balanced", **OWN_WAY},
+        backend="openvino",
+        precision="bf16",
     ),
 }
 

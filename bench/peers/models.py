@@ -40,8 +40,8 @@ FORMS: Mapping[str, Form | None] = {
     "diffusers": Form("diffusers", "make_diffusers.py"),
     "openvino": Form("genai", "make_openvino.py", ("fp16",), "diffusers"),
     "openvino-int8-weights": Form("genai", "make_openvino.py", ("int8",), "diffusers"),
-    "openvino-int8-hybrid": Form("genai", "make_openvino.py", ("hybrid",), "diffusers"),
-    "openvino-int8-full": Form("genai", "make_openvino.py", ("full",), "diffusers"),
+    "openvino-int8-hybrid": Form("genai", "make_openvino.py", ("hybrid",), "openvino"),
+    "openvino-int8-full": Form("genai", "make_openvino.py", ("full",), "openvino"),
 }
 
 

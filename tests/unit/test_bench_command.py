@@ -88,6 +88,8 @@ def test_options_become_fields_of_the_request(bench):
         (("renew", "nowhere.md"), "nowhere.md cannot be read", "name a Markdown"),
         (("ladder", "--rungs", "empty.txt"), "no rungs in", '"changed"'),
         (("peers", ".", "--against", "genay"), "unknown peer 'genay'", "'genai'"),
+        (("peers", ".", "--turns", "genai"), "--turns holds 'genai'", "--turns genai=2"),
+        (("peers", ".", "--fewer", "exact=2"), "unknown name in --fewer 'exact'", "known: diff"),
     ],
 )
 def test_a_wrong_wish_ends_with_status_2_and_a_hint(bench, arguments, error, hint):

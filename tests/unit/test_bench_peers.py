@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sdengine.bench import interleave, results
+from sdengine.bench import interleave, pace, reference, report, results
+from sdengine.bench.pace import Pace
 from sdengine.bench.peers import catalogue, envs, models
 from sdengine.bench.peers.catalogue import Peer
-from sdengine.engine.errors import BackendUnavailable, UnknownName
+from sdengine.engine.errors import BackendUnavailable, RequestError, StorageError, UnknownName
 
 FAKE = str(Path(__file__).parents[1] / "fake_worker.py")
 REQUEST = {"seed": 1, "prompt": "x", "sampler": "ddim", "steps": 2, "guidance": 7.5,
@@ -58,7 +59,7 @@ def silent(*_):
 def test_ratios_of_known_times(setup, tmp_path):
     out = tmp_path / "peers.json"
     asked = setup({"exact": 2.0, "high": 1.0}, {"slow": 6.0, "quick": 0.5})
-    found = interleave.run(asked, REQUEST, out, silent, rounds=3)
+    found = interleave.run(asked, REQUEST, out, silent, Pace(3))
     ratios = {(p["peer"], p["ours"]): p["ratio"]["median"] for p in found.ratios}
     assert ratios == pytest.approx({
         ("slow", "sdengine exact"): 3.0, ("slow", "sdengine high"): 6.0,
@@ -75,21 +76,21 @@ def test_ratios_of_known_times(setup, tmp_path):
 def order(monkeypatch):
     """Which worker was asked for each picture, and which were running then."""
     asked = []
-    once = interleave.Runner.once
+    ask = interleave.Runner.ask
 
-    def noted(self, keep=None):
+    def noted(self, *args):
         asked.append(self.worker)
-        return once(self, keep)
+        return ask(self, *args)
 
-    monkeypatch.setattr(interleave.Runner, "once", noted)
+    monkeypatch.setattr(interleave.Runner, "ask", noted)
     return asked
 
 
 def test_they_take_turns(setup, tmp_path, order):
-    interleave.run(setup({"ours": 1.0}, {"peer": 1.0}), REQUEST, tmp_path / "r", silent, rounds=3)
-    reference, peer, ours, *measured = order
+    interleave.run(setup({"ours": 1.0}, {"peer": 1.0}), REQUEST, tmp_path / "r", silent, Pace(3))
+    reference, ours, peer, *measured = order
     assert len({reference, peer, ours}) == 3
-    assert measured == [peer, ours] * 3
+    assert measured == [ours, peer] * 3 + [ours]
 
 
 def test_what_is_not_measured_is_stopped(setup, tmp_path, monkeypatch):
@@ -109,8 +110,9 @@ def test_what_is_not_measured_is_stopped(setup, tmp_path, monkeypatch):
     if not Path("/proc/self/stat").exists():
         pytest.skip("only Linux tells a process's state in /proc")
     monkeypatch.setattr(interleave.Worker, "pause", noted)
-    interleave.run(setup({"ours": 1.0}, {"peer": 1.0}), REQUEST, tmp_path / "r", silent, rounds=2)
-    assert states == ["T"] * 7
+    interleave.run(setup({"ours": 1.0}, {"peer": 1.0}), REQUEST, tmp_path / "r", silent, Pace(2))
+    # reference; after its load: each; a warm-up: each; then ours, peer, ours, peer, ours
+    assert states == ["T"] * (2 + 2 * 2 + 5)
 
 
 def test_a_peer_that_cannot_run_is_an_entry_with_its_reason(setup, home, tmp_path):
@@ -122,7 +124,7 @@ def test_a_peer_that_cannot_run_is_an_entry_with_its_reason(setup, home, tmp_pat
     }
     (home / "envs" / "broken.failed").write_text("pip install x\nno matching distribution")
     found = interleave.run(
-        replace(asked, peers={**bad, **asked.peers}), REQUEST, tmp_path / "r", silent, rounds=2
+        replace(asked, peers={**bad, **asked.peers}), REQUEST, tmp_path / "r", silent, Pace(2)
     )
     told = {p["peer"]: p.get("failure", {}).get("error") for p in found.ratios}
     assert told == {
@@ -138,15 +140,115 @@ def test_a_peer_that_cannot_run_is_an_entry_with_its_reason(setup, home, tmp_pat
 def test_a_variant_of_ours_that_fails_does_not_spoil_the_others(setup, tmp_path):
     asked = setup({"good": 1.0}, {"peer": 2.0})
     ours = {"lost": Peer("", "nowhere", FAKE, "form"), **asked.ours}
-    found = interleave.run(replace(asked, ours=ours), REQUEST, tmp_path / "r", silent, rounds=2)
+    found = interleave.run(replace(asked, ours=ours), REQUEST, tmp_path / "r", silent, Pace(2))
     assert [p["ok"] for p in found.ratios] == [False, True]
     assert "nowhere" in found.ratios[0]["failure"]["error"]
+
+
+def test_slow_peers_take_fewer_turns_and_ours_are_spread(setup, tmp_path, order):
+    paced = Pace(2, {"slow": 1, "b": 2}, warmups=0)
+    asked = setup({"a": 1.0, "b": 2.0}, {"quick": 3.0, "slow": 8.0})
+    found = interleave.run(asked, REQUEST, tmp_path / "r", silent, paced)
+    # slots 0..3 around quick, quick, slow: a in all of them, b in the first and the last
+    _, a, b, quick, *_ = order
+    slow = next(w for w in order[1:] if w not in (a, b, quick))
+    assert order[1:] == [a, b, quick, a, quick, a, slow, a, b]
+    figures = {(p["peer"], p["ours"][9:]): p for p in found.ratios}
+    assert figures["slow", "a"]["ratio"]["median"] == pytest.approx(8)
+    assert figures["slow", "b"]["ratio"]["median"] == pytest.approx(4)
+    assert figures["slow", "b"]["seconds"]["peer"]["n"] == 1
+    assert figures["quick", "b"]["seconds"]["ours"]["n"] == 1, "no later turn of b lies nearby"
+    assert "2 rounds, slow 1, b 2" in found.notes[0]
+
+
+def test_a_picture_of_fewer_steps_is_composed(setup, tmp_path):
+    """The worker says 10 s a picture and half a second a step: two of six steps are missing."""
+    asked = setup({"ours": 1.0}, {"peer": 10.0})
+    found = interleave.run(
+        asked, {**REQUEST, "steps": 6}, tmp_path / "r", silent, Pace(1, steps={"peer": 4})
+    )
+    (pair,) = found.ratios
+    assert pair["seconds"]["peer"]["median"] == pytest.approx(11)
+    assert pair["composed_of"] == 4
+    assert pair["quality"]["peer"] is None, "it is not the picture that was asked for"
+    assert pair["quality"]["ours"] is not None
+    assert "peer ran 4 steps" in found.notes[0]
+    assert "composed of 4 steps" in report.markdown(found)
+
+
+def test_a_picture_without_steps_cannot_be_composed():
+    with pytest.raises(RequestError, match="told the time of no step") as caught:
+        pace.composed({"seconds": 1.0, "rows": []}, 3)
+    assert "--fewer" in caught.value.hint
+
+
+def test_neighbours():
+    """Turn n of a peer lies between our turns n and n + 1."""
+    assert pace.neighbours([0, 1, 2], [0, 1, 2, 3]) == [
+        (0, 0),
+        (0, 1),
+        (1, 1),
+        (1, 2),
+        (2, 2),
+        (2, 3),
+    ]
+    assert pace.neighbours([1], [0, 3]) == [(1, 0), (1, 3)]
+    assert pace.neighbours([2], [0, 1]) == [(2, 1)]
+
+
+@pytest.mark.parametrize("text", ["genai", "genai=", "=2", "genai=0", "genai=x"])
+def test_counts_that_are_none(text):
+    assert pace.counts("--turns", "a=1, b=20") == {"a": 1, "b": 20}
+    with pytest.raises(RequestError, match="--turns holds") as caught:
+        pace.counts("--turns", text)
+    assert "--turns genai=2" in caught.value.hint
+
+
+def test_a_count_for_a_name_that_does_not_run():
+    with pytest.raises(UnknownName, match="name in --fewer 'genay'") as caught:
+        pace.check_names("--fewer", {"genay": 2}, ["genai", "onnxruntime"])
+    assert "'genai'" in caught.value.hint
+
+
+def test_a_peer_that_takes_too_long_is_an_entry(setup, tmp_path, home):
+    asked = replace(setup({"ours": 1.0}, {}), limit=2.0)
+    script = tmp_path / "hang.py"
+    script.write_text(
+        f"import runpy, sys\nsys.argv = ['', 'hang']\nrunpy.run_path({FAKE!r}, run_name='__main__')"
+    )
+    asked = replace(asked, peers={"stuck": Peer("", "fake", str(script), "form")})
+    found = interleave.run(asked, REQUEST, tmp_path / "r", silent, Pace(1))
+    assert found.ratios[0]["failure"]["error"] == "no answer to 'run' within 2 s"
+    assert found.ratios[0]["failure"]["stage"] == "run"
+
+
+def test_the_reference_is_kept(tmp_path):
+    keep, model, notes = tmp_path / "r.npz", {"sha256": "1"}, []
+    made = []
+
+    def make():
+        made.append(1)
+        return np.full((4, 4, 3), len(made), np.uint8)
+
+    def get(model, request):
+        return int(reference.picture(keep, model, request, make, notes)[0, 0, 0])
+
+    assert [get(model, REQUEST) for _ in range(2)] == [1, 1]
+    assert get(model, {**REQUEST, "seed": 2}) == 2, "another request"
+    assert get({"sha256": "2"}, {**REQUEST, "seed": 2}) == 3, "another checkpoint"
+    keep.write_text("not numpy's")
+    assert get(model, REQUEST) == 4
+    keep = tmp_path / "nowhere" / "r.npz"
+    with pytest.raises(StorageError, match="cannot be kept") as caught:
+        get(model, REQUEST)
+    assert "--reference" in caught.value.hint
+    assert notes == []
 
 
 def test_without_a_reference_there_is_a_note(setup, tmp_path, monkeypatch):
     asked = setup({"ours": 1.0}, {"peer": 1.0})
     monkeypatch.setattr(catalogue, "OURS", {"f32": Peer("", "nowhere", FAKE, "form")})
-    found = interleave.run(asked, REQUEST, tmp_path / "r", silent, rounds=2)
+    found = interleave.run(asked, REQUEST, tmp_path / "r", silent, Pace(2))
     assert found.notes[1] == "no float32 reference: its environment nowhere is not there"
     assert found.ratios[0]["quality"] == {"peer": None, "ours": None}
 
@@ -158,13 +260,13 @@ def test_our_own_worker_speaks_the_protocol(setup, tmp_path):
     ours = {"f32": Peer("", None, None, "bundle", {"precision": "f32", "threads": 1})}
     request = {**REQUEST, "width": 64, "height": 64}
     found = interleave.run(
-        replace(asked, bundle="emoji", ours=ours), request, tmp_path / "r", silent, rounds=2
+        replace(asked, bundle="emoji", ours=ours), request, tmp_path / "r", silent, Pace(2)
     )
     (pair,) = found.ratios
     assert pair["ok"], pair
     assert pair["ratio"]["median"] > 100
     assert pair["about"]["ours"]["precision"] == "f32"
-    assert pair["step_s"]["ours"]["n"] == 2 * 2
+    assert pair["step_s"]["ours"]["n"] == 3 * 2, "three turns around two of the peer"
 
 
 def test_names_that_nobody_knows():
@@ -275,9 +377,9 @@ def test_a_form_is_made_of_its_source(tmp_path):
     assert made == {"openvino-int8-full": "", "checkpoint": ""}
     place = tmp_path / "home" / "models"
     assert sorted(p.name for p in place.iterdir()) == [
-        "checkpoint.safetensors", "diffusers", "openvino-int8-full"]  # fmt: skip
-    assert [Path(c[2]).name for c in shell.ran] == ["make_diffusers.py", "make_openvino.py"]
-    assert shell.ran[1][3:] == [str(place / "diffusers"), str(place / ".openvino-int8-full.part"),
+        "checkpoint.safetensors", "diffusers", "openvino", "openvino-int8-full"]  # fmt: skip
+    assert [Path(c[2]).name for c in shell.ran] == ["make_diffusers.py", *["make_openvino.py"] * 2]
+    assert shell.ran[2][3:] == [str(place / "openvino"), str(place / ".openvino-int8-full.part"),
                                 "full"]  # fmt: skip
     peer = catalogue.PEERS["sdcpp-q8_0"]
     found = catalogue.options(peer, tmp_path / "home", "bundle")

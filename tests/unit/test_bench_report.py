@@ -189,6 +189,18 @@ def test_ratios_stand_in_the_table_and_on_the_page(run):
     assert "| ?, ? |" in report.markdown(run)
 
 
+def test_a_document_takes_the_ratios_with_their_notes(run, tmp_path):
+    run.rows, run.ratios, run.notes = [], [pair(composed_of=2)], ["in turn, 2 rounds"]
+    results.save(run, tmp_path / "r.json")
+    begin, end = "<!-- bench: r.json -->", "<!-- /bench -->"
+    lines = report.renew(f"{begin}\n{end}", tmp_path, results.load).splitlines()
+    assert lines[1].startswith("| peer | ours |"), "no empty table of rows before it"
+    assert "| 2.05 s (2.01 s to 2.09 s), composed of 2 steps | 1.05 s" in lines[3]
+    assert "- genai: its default" in lines
+    assert lines[-2] == "Note: in turn, 2 rounds."
+    assert any(line.startswith("Conditions: AMD EPYC") for line in lines)
+
+
 # --- comparing ---------------------------------------------------------------------------------
 
 
