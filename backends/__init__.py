@@ -44,21 +44,21 @@ class Choice(NamedTuple):
     reason: str
 
 
-def choose(name: str | None = None) -> Choice:
-    """The named backend, or for None and "auto" the fastest that can run.
+def choose(name: str | None = None, device: str | None = None) -> Choice:
+    """The named backend, or for None and "auto" the fastest that can run, on a device or its own.
 
     raises  UnknownName; BackendUnavailable: the named one, or all of them, cannot run here
     """
     if name is not None and name != "auto":
         backend = get(name)
-        probe = backend.probe()
+        probe = _probe(backend, device)
         if not probe.ok:
             raise _unavailable(name, probe)
         return Choice(backend, probe, f"asked for: {probe.reason}")
     refused: dict[str, Probe] = {}
     for candidate in NAMES:
         backend = get(candidate)
-        probe = backend.probe()
+        probe = _probe(backend, device)
         if probe.ok:
             others = "".join(f"; not {n}: {p.reason}" for n, p in refused.items())
             return Choice(backend, probe, f"the fastest that can run: {probe.reason}{others}")
@@ -68,6 +68,10 @@ def choose(name: str | None = None) -> Choice:
         f"no backend can run here: {'; '.join(f'{n}: {p.reason}' for n, p in refused.items())}",
         hint=mends[0] if mends else "`sdengine doctor` says more",
     )
+
+
+def _probe(backend: Backend, device: str | None) -> Probe:
+    return backend.probe() if device is None else backend.probe_on(device)
 
 
 def _unavailable(name: str, probe: Probe) -> BackendUnavailable:

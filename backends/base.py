@@ -63,6 +63,11 @@ class GraphBackend(ABC):
     @abstractmethod
     def probe(self) -> Probe: ...
 
+    def probe_on(self, device: str) -> Probe:
+        """As `probe`, for a device that was asked for. Raises UnknownName, never anything else."""
+        mend = f"sdengine run --device {device} --backend openvino"
+        return Probe(False, f"{self.name} takes no device, OpenVINO alone does", mend)
+
     @abstractmethod
     def compile(self, component: Component, graph: Graph, profile: Profile) -> Compiled:
         """Compile or open one graph. What it raises becomes a BackendError."""
@@ -103,7 +108,7 @@ class GraphBackend(ABC):
         }
 
     def _check(self, spec: ComponentSpec, profile: Profile) -> None:
-        probe = self.probe()
+        probe = self.probe() if profile.device is None else self.probe_on(profile.device)
         if not probe.ok:
             raise BackendUnavailable(
                 f"backend {self.name} cannot run here: {probe.reason}",

@@ -1,7 +1,8 @@
-"""OpenVINO on the processor: the embedded default engine.
+"""OpenVINO: the embedded default engine, on the processor unless another device is asked for.
 
 Graphs are compiled for the Profile's shapes, and the compiled form is kept in the machine's cache:
-the next start maps it into memory, which takes a third of the time and half of the memory.
+the next start maps it into memory, which takes a third of the time and of the memory. So does
+this start, where the network is large: what was compiled is let go and read back.
 
 checked by  tests/contract/test_backends.py, tests/unit/test_backend_openvino.py
 """
@@ -10,25 +11,24 @@ from __future__ import annotations
 
 import io
 import logging
-import mmap
 import sys
 from collections.abc import Mapping
-from functools import cached_property
-from pathlib import Path
+from functools import cached_property, partial
 from typing import Any, BinaryIO
 
 import numpy as np
 
+from ..engine.errors import UnknownName
 from ..engine.ports import Array, Probe
 from ..engine.spec import Component, Graph, Precision, Profile
-from . import machine
+from . import devices, machine
 from .base import GraphBackend, Run, agree, first_line
 from .cache import Key, Store, open_store
+from .mapping import Mapped
 
 log = logging.getLogger("sdengine.backends")
 
-DEVICE = "CPU"
-INT8_FLAGS = {"avx512_vnni", "avx_vnni", "amx_int8"}
+LARGE = 256 << 20  # bytes of a compiled network
 
 
 def library() -> Any:
@@ -53,6 +53,14 @@ class OpenVINO(GraphBackend):
     def probe(self) -> Probe:
         return self._probe
 
+    def probe_on(self, device: str) -> Probe:
+        """As `probe`, for another device than the processor: CPU, GPU, GPU.1, NPU, AUTO."""
+        if device.upper().partition(".")[0] not in devices.KINDS:
+            raise UnknownName("device", device, devices.KINDS)
+        if not self._probe.ok or device == devices.CPU:
+            return self._probe
+        return devices.probe(self._core, device, _version(library()))
+
     @cached_property
     def _probe(self) -> Probe:
         mend = "pip install 'openvino>=2026.2'"
@@ -62,33 +70,26 @@ class OpenVINO(GraphBackend):
             return Probe(False, "the package openvino is not installed", mend)
         except Exception as error:
             return Probe(False, f"openvino cannot be imported: {first_line(error)}", mend)
-        try:
-            abilities = self._core.get_property(DEVICE, "OPTIMIZATION_CAPABILITIES")
-        except Exception as error:
-            return Probe(False, f"openvino finds no processor to run on: {first_line(error)}")
-        precisions: tuple[Precision, ...] = ("bf16", "f32") if "BF16" in abilities else ("f32",)
-        # Without such instructions int8 layers are computed all the same, but no faster.
-        fast = INT8_FLAGS & set(machine.processor().split())
-        precisions = ("int8", *precisions) if fast else (*precisions, "int8")
-        reason = f"OpenVINO {_version(openvino)} on CPU, {machine.threads()} threads"
-        return Probe(True, reason, precisions=precisions, speed=30)
+        return devices.probe(self._core, devices.CPU, _version(openvino))
 
     @cached_property
     def _core(self) -> Any:
         return library().Core()
 
-    def _hint(self, precision: Precision) -> Precision:
+    def _hint(self, precision: Precision, device: str = devices.CPU) -> Precision:
         """What layers compute in that are not int8: of an int8 network, the fastest there is."""
-        floats = [p for p in self._probe.precisions if p != "int8"]
-        return floats[0] if precision == "int8" else precision
+        able = devices.precisions(self._core, device) if precision == "int8" else (precision,)
+        return next(p for p in able if p != "int8")
 
     def compile(self, component: Component, graph: Graph, profile: Profile) -> OpenVINOGraph:
-        store = open_store() if self._store is None else self._store
+        core, asked = self._core, profile.device
+        device = devices.CPU if asked is None else devices.resolve(core, asked)
+        assert device is not None, f"probe_on({asked}) said that it is there"
         threads = machine.threads() if profile.threads is None else profile.threads
         config = {
             "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_PRECISION_HINT": self._hint(profile.precision),
-            **_threading(threads, profile),
+            "INFERENCE_PRECISION_HINT": self._hint(profile.precision, device),
+            **devices.options(device, threads, profile),
         }
         what = {
             "backend": self.name,
@@ -100,32 +101,56 @@ class OpenVINO(GraphBackend):
         }
         made = {
             "OpenVINO": str(library().get_version()),
-            "device": f"{DEVICE} {self._core.get_property(DEVICE, 'FULL_DEVICE_NAME')}",
+            **devices.maker(core, device),
             "processor": machine.processor(),
             "threads": str(threads),
         }
-        if store is not None:
-            compiled = self._from_store(store, what, made, graph, config)
-            if compiled is not None:
-                return compiled
-        model = self._core.read_model(graph.path)
-        agree(component, graph, *(_names(ports) for ports in (model.inputs, model.outputs)))
-        model.reshape({t.name: _partial(t.shape, profile.dims) for t in graph.inputs})
-        compiled = self._core.compile_model(model, DEVICE, config)
-        if store is not None:
-            store.keep(what, made, lambda file: _export(compiled, file))
-        return OpenVINOGraph(graph, compiled, None)
+        store = self._place(device)
+        kept = None if store is None else self._from_store(store, what, made, graph, device, config)
+        if kept is not None:
+            return kept
+
+        def build() -> Any:
+            model = core.read_model(graph.path)
+            agree(component, graph, *(_names(ports) for ports in (model.inputs, model.outputs)))
+            model.reshape({t.name: _partial(t.shape, profile.dims) for t in graph.inputs})
+            return core.compile_model(model, device, config)
+
+        if store is None:
+            return OpenVINOGraph(graph, build(), None)
+        compiled = build()
+        path = store.keep(what, made, partial(_export, compiled))
+        if path is None or path.stat().st_size < LARGE:
+            return OpenVINOGraph(graph, compiled, None)
+        # What was compiled holds all weights once more in float32; what is read back does not.
+        compiled = None
+        again = self._from_store(store, what, made, graph, device, config)
+        return OpenVINOGraph(graph, build(), None) if again is None else again
+
+    def _place(self, device: str) -> Store | None:
+        """Where compiled networks are kept; None for those that cannot be."""
+        if not devices.keeps(self._core, device):
+            return None
+        return open_store() if self._store is None else self._store
 
     def _from_store(
-        self, store: Store, what: Key, made: Key, graph: Graph, config: Mapping[str, Any]
+        self,
+        store: Store,
+        what: Key,
+        made: Key,
+        graph: Graph,
+        device: str,
+        config: Mapping[str, Any],
     ) -> OpenVINOGraph | None:
         path = store.find(what, made)
         if path is None:
             return None
         try:
-            blob = _mapped(path)
-            tensor = library().Tensor(blob, shared_memory=True)
-            return OpenVINOGraph(graph, self._core.import_model(tensor, DEVICE, config), blob)
+            blob = Mapped(path)
+            with blob.passing() as data:
+                tensor = library().Tensor(data, shared_memory=True)
+                compiled = self._core.import_model(tensor, device, config)
+            return OpenVINOGraph(graph, compiled, blob)
         except Exception as error:
             store.discard(what, made, f"OpenVINO refuses it: {first_line(error)}")
             return None
@@ -134,7 +159,7 @@ class OpenVINO(GraphBackend):
 class OpenVINOGraph:
     """One compiled graph. `blob` is the memory that it was read from, and must outlive it."""
 
-    def __init__(self, graph: Graph, compiled: Any, blob: Array | None) -> None:
+    def __init__(self, graph: Graph, compiled: Any, blob: Mapped | None) -> None:
         self._graph = graph
         self._compiled = compiled
         self._blob = blob
@@ -178,21 +203,6 @@ class OpenVINOGraph:
         self._blob = None
 
 
-def _threading(threads: int, profile: Profile) -> dict[str, Any]:
-    """Options of the processor's plugin. Kinds of cores are named only where there are two."""
-    kinds = {
-        None: {},
-        True: {"SCHEDULING_CORE_TYPE": "PCORE_ONLY"},
-        False: {"SCHEDULING_CORE_TYPE": "ANY_CORE"},
-    }
-    return {
-        "INFERENCE_NUM_THREADS": threads,
-        "ENABLE_CPU_PINNING": profile.pin,
-        "ENABLE_HYPER_THREADING": profile.hyper_threads,
-        **kinds[profile.fast_only],
-    }
-
-
 def _export(compiled: Any, file: BinaryIO) -> None:
     through = _Through(file)
     compiled.export_model(through)
@@ -227,12 +237,6 @@ class _Through(io.BytesIO):
 
     def flush(self) -> None:
         self._file.flush()
-
-
-def _mapped(path: Path) -> Array:
-    """The bytes of a file, mapped; writable to this process only, as openvino.Tensor demands."""
-    with path.open("rb") as file:
-        return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), np.uint8)
 
 
 def _names(ports: Any) -> set[str]:

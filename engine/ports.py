@@ -26,6 +26,7 @@ class Probe:
     mend         the command that would make it run; empty when it can, or when nothing would
     precisions   what it can compute in here, fastest first
     speed        rank among backends that can run; higher is faster (see backends.choose)
+    trusted      of the precisions, those that need no proof in the bundle: a device's own
     """
 
     ok: bool
@@ -33,6 +34,7 @@ class Probe:
     mend: str = ""
     precisions: tuple[Precision, ...] = ()
     speed: int = 0
+    trusted: tuple[Precision, ...] = ()
 
 
 class Handle(ABC):
@@ -85,6 +87,10 @@ class Backend(Protocol):
 
     def probe(self) -> Probe:
         """Look, cheaply; never raise."""
+        ...
+
+    def probe_on(self, device: str) -> Probe:
+        """As `probe`, for one of its devices by name. Raises UnknownName, nothing else."""
         ...
 
     def load(self, component: Component, profile: Profile) -> Session:

@@ -161,7 +161,7 @@ class Profile:
     pin         each thread stays on one core
     hyper_threads   threads may share a core
     fast_only   of a processor with two kinds of cores, the fast ones alone; None: it has one kind
-    device      what a backend with several devices runs on: "CPU", "GPU", "NPU", "AUTO"
+    device      what a backend with several devices runs on: "CPU", "GPU.1"; None: its own default
     """
 
     dims: Mapping[str, int] = field(default_factory=dict)
@@ -170,7 +170,7 @@ class Profile:
     pin: bool = False
     hyper_threads: bool = False
     fast_only: bool | None = None
-    device: str = "CPU"
+    device: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dims", MappingProxyType(dict(sorted(self.dims.items()))))

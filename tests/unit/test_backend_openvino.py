@@ -296,6 +296,8 @@ def test_int8_is_first_where_it_is_quick(flags, precisions, monkeypatch):
     abilities = ["FP32", "INT8", *(["BF16"] if "bf16" in flags else [])]
 
     class Core:
+        available_devices = ("CPU",)
+
         def get_property(self, device: str, name: str) -> list[str]:
             return abilities
 

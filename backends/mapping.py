@@ -1,0 +1,62 @@
+"""A file in memory, of which only what is being read stays there.
+
+An engine that reads a compiled network packs its weights anew and has no use for the file's bytes
+afterwards; but pages once read stay in the process's resident memory, another copy of the network
+in every figure of it. The kernel keeps such pages in its own cache, so giving them back costs next
+to nothing if they should be read again.
+
+checked by  tests/unit/test_mapping.py
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Event, Thread
+
+import numpy as np
+
+from ..engine.ports import Array
+
+EVERY_S = 0.05  # at 2 GB/s of reading, 0.1 GB lie about in between
+
+
+class Mapped:
+    """The bytes of a file; `data` is uint8 [n] over them, and lives as long as this does.
+
+    `data` calls itself writable, as openvino.Tensor demands. It is not: a write ends the process.
+    OpenVINO maps the files of its own cache in the same way.
+    """
+
+    def __init__(self, path: Path) -> None:
+        with path.open("rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        seen = np.frombuffer(self._map, np.uint8)
+        raw = (ctypes.c_uint8 * len(seen)).from_address(seen.ctypes.data)
+        self.data: Array = np.ctypeslib.as_array(raw)
+
+    def release(self) -> None:
+        """Give the pages back that were read; they come again when they are read again."""
+        if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
+            self._map.madvise(mmap.MADV_DONTNEED)
+
+    @contextmanager
+    def passing(self) -> Iterator[Array]:
+        """`data`, for a block that reads it once: pages are given back all the time."""
+        done = Event()
+
+        def sweep() -> None:
+            while not done.wait(EVERY_S):
+                self.release()
+
+        sweeper = Thread(target=sweep, name="sdengine-release", daemon=True)
+        sweeper.start()
+        try:
+            yield self.data
+        finally:
+            done.set()
+            sweeper.join()
+            self.release()
