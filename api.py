@@ -6,15 +6,25 @@ import json
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Thread
 from time import perf_counter
 from typing import Any
 
 from . import __version__, backends
 from .backends import machine
 from .engine.bundle import MANIFEST, Bundle, open_bundle
-from .engine.errors import BackendUnavailable, MissingPart, NotABundle, RequestError, UnknownName
+from .engine.errors import (
+    BackendUnavailable,
+    MissingPart,
+    NotABundle,
+    RequestError,
+    SdengineError,
+    UnknownName,
+)
+from .engine.footprint import Loading
 from .engine.given import Given
 from .engine.metadata import read_metadata
 from .engine.paths import cache_dir
@@ -42,6 +52,8 @@ def load(
     numa_node: str | None = None,
     cores: str | None = None,
     hyper_threads: bool | None = None,
+    device: str | None = None,
+    low_memory: bool = False,
     preset: str | None = None,
     progress: Progress | None = None,
 ) -> Pipeline:
@@ -54,21 +66,27 @@ def load(
     threads     processor threads; None: what machine.plan says
     pin, numa_node, cores, hyper_threads   as machine.Wish has them. Where the plan leaves out
                 processors, the calling thread and those it starts later stay on the others
+    device      what OpenVINO runs on: CPU, GPU, GPU.1, NPU or AUTO; None: the backend's own default
+    low_memory  one network at a time is in memory, each loaded anew when its turn comes
     preset      a name of engine.presets.PRESETS, whose precision is taken when none is asked for
     progress    called with (what, fraction done) while a checkpoint is exported
     raises      BundleError, BackendError, CheckpointError, ExportError, RequestError
     """
     bundle = open_bundle(find_model(model, progress))
-    chosen, probe, why = backends.choose(None if backend == "auto" else backend)
+    chosen, probe, why = backends.choose(None if backend == "auto" else backend, device)
     if precision is None and preset is not None:
         precision = preset_precision(bundle, chosen.name, probe, preset)
     precision = choose_precision(bundle, chosen.name, probe, precision)
     log.info("backend %s, precision %s: %s", chosen.name, precision, why)
     plan = machine.plan(wish=machine.Wish(threads, pin, numa_node, cores, hyper_threads))
     machine.settle(plan)
-    sessions = EngineSessions(bundle, chosen, precision, plan.threads, like=_profile(plan))
+    like = _profile(plan, device)
+    sessions = EngineSessions(
+        bundle, chosen, precision, plan.threads, like=like, low_memory=low_memory
+    )
     about = {"version": __version__, "backend": chosen.name, "precision": precision}
-    return Pipeline(bundle, sessions, about, machine.available_memory())
+    loading = Loading(precision, low_memory)
+    return Pipeline(bundle, sessions, about, machine.available_memory(), loading)
 
 
 @dataclass(frozen=True)
@@ -156,7 +174,8 @@ def choose_precision(
     raises      RequestError, BackendUnavailable
     """
     proved = bundle.targets[backend].precisions if backend in bundle.targets else ()
-    usable = [p for p in probe.precisions if p == "f32" or p in proved]
+    free = ("f32", *probe.trusted)
+    usable = [p for p in probe.precisions if p in free or p in proved]
     if asked is None:  # int8 changes the picture: it is asked for, by name or by preset
         return next(p for p in usable if p != "int8")
     if asked in usable:
@@ -174,8 +193,14 @@ def choose_precision(
     )
 
 
-def _profile(plan: machine.Plan) -> Profile:
-    return Profile(pin=plan.pin, hyper_threads=plan.hyper_threads, fast_only=plan.fast_only)
+def _profile(plan: machine.Plan, device: str | None) -> Profile:
+    """What all networks of a run have in common, beside precision and threads."""
+    return Profile(
+        pin=plan.pin,
+        hyper_threads=plan.hyper_threads,
+        fast_only=plan.fast_only,
+        device=device,
+    )
 
 
 def preset_precision(bundle: Bundle, backend: str, probe: Probe, preset: str) -> Precision:
@@ -203,7 +228,10 @@ def preset_quality(path: Path) -> dict[str, Any] | None:
 
 
 class EngineSessions:
-    """The networks of a bundle on one backend: compiled when first asked for, the last few kept."""
+    """The networks of a bundle on one backend: compiled when first asked for, the last few kept.
+
+    low_memory  a network is closed before another one is loaded
+    """
 
     def __init__(
         self,
@@ -213,11 +241,13 @@ class EngineSessions:
         threads: int | None,
         *,
         like: Profile | None = None,
+        low_memory: bool = False,
     ) -> None:
-        self._bundle, self._backend = bundle, backend
+        self._bundle, self._backend, self._low_memory = bundle, backend, low_memory
         like = Profile() if like is None else like
         self._profile = replace(like, precision=precision, threads=threads)
         self._open: OrderedDict[tuple[str, Profile], Session] = OrderedDict()
+        self._ahead: dict[tuple[str, Profile], Future[Session]] = {}
 
     @property
     def denoiser(self) -> Denoiser | None:
@@ -225,6 +255,35 @@ class EngineSessions:
         return getattr(self._backend, "denoiser", None)
 
     def __call__(self, component: str, dims: Mapping[str, int]) -> Session:
+        key = self._key(component, dims)
+        if key not in self._open:
+            self._make_room(component)
+            ahead = self._ahead.pop(key, None)
+            self._open[key] = self._load(key) if ahead is None else ahead.result()
+        self._open.move_to_end(key)
+        return self._open[key]
+
+    def expect(self, component: str, dims: Mapping[str, int], graph: str = "full") -> None:
+        """Begin to load a network that will be asked for, and this graph of it, beside what runs.
+
+        What goes wrong is raised where the network is asked for.
+        """
+        key = self._key(component, dims)
+        if self._low_memory or key in self._open or key in self._ahead:
+            return
+        self._make_room(component)
+        future: Future[Session] = Future()
+        self._ahead[key] = future
+
+        def work() -> None:
+            try:
+                future.set_result(self._load(key, graph))
+            except BaseException as error:
+                future.set_exception(error)
+
+        Thread(target=work, name=f"sdengine-load-{component}", daemon=True).start()
+
+    def _key(self, component: str, dims: Mapping[str, int]) -> tuple[str, Profile]:
         if component not in self._bundle.components:
             raise MissingPart(
                 f"{self._bundle.path.name} has no component {component!r}",
@@ -232,22 +291,34 @@ class EngineSessions:
             )
         named = self._bundle.components[component].spec.dims
         dims = {name: size for name, size in dims.items() if name in named}
-        profile = replace(self._profile, dims=dims)
-        key = (component, profile)
-        if key not in self._open:
-            self._make_room(component)
-            start = perf_counter()
-            self._open[key] = self._backend.load(self._bundle.components[component], profile)
-            took = perf_counter() - start
-            log.info("loaded %s for %s in %.1f s", component, profile.label(), took)
-        self._open.move_to_end(key)
-        return self._open[key]
+        return component, replace(self._profile, dims=dims)
+
+    def _load(self, key: tuple[str, Profile], graph: str | None = None) -> Session:
+        component, profile = key
+        start = perf_counter()
+        session = self._backend.load(self._bundle.components[component], profile)
+        try:
+            if graph is not None:
+                session.graph(graph)
+        except SdengineError:
+            session.close()
+            raise
+        took = perf_counter() - start
+        log.info("loaded %s for %s in %.1f s", component, profile.label(), took)
+        return session
 
     def _make_room(self, component: str) -> None:
+        if self._low_memory:
+            self.close()
+            return
         held = [key for key in self._open if key[0] == component]
         if len(held) >= KEPT_SHAPES:
             self._open.pop(held[0]).close()
 
     def close(self) -> None:
+        while self._ahead:
+            _, ahead = self._ahead.popitem()
+            if ahead.exception() is None:
+                ahead.result().close()
         while self._open:
             self._open.popitem()[1].close()

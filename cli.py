@@ -316,6 +316,12 @@ def run(
     hyper_threads: Annotated[
         bool | None, typer.Option("--hyper-threads", help="Two threads a core, where it has two.")
     ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="What OpenVINO runs on: CPU, GPU, GPU.1, NPU or AUTO.")
+    ] = None,
+    low_memory: Annotated[
+        bool | None, typer.Option("--low-memory", help="Keep one network at a time in memory.")
+    ] = None,
     preview: Annotated[
         int | None,
         typer.Option(help="Every so many steps, write a rough picture to NAME.preview.png."),
@@ -390,6 +396,8 @@ def run(
         numa_node=numa_node,
         pin=pin,
         hyper_threads=hyper_threads,
+        device=device,
+        low_memory=low_memory,
     )
     if stop_after is not None and save_latents is None:
         raise RequestError(

@@ -34,6 +34,12 @@ class Metered:
             session = self._sessions(component, dims)
         return _MeteredSession(session, self._timings)
 
+    def expect(self, component: str, dims: Mapping[str, int], graph: str) -> None:
+        """Passed on to sessions that can load beside what runs; waiting for it is `load`."""
+        expect = getattr(self._sessions, "expect", None)
+        if expect is not None:
+            expect(component, dims, graph)
+
     @property
     def denoiser(self) -> Denoiser | None:
         """What the sessions inside offer, if they do. Its work is counted as `engine`."""

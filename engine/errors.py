@@ -2,7 +2,8 @@
 
 SdengineError
 ├── RequestError            a request that cannot be served as asked; exit status 2
-│   └── UnknownName         a name that is not in a list; the hint holds the nearest known ones
+│   ├── UnknownName         a name that is not in a list; the hint holds the nearest known ones
+│   └── NotEnoughMemory     what the run would hold is more than there is; nothing was loaded
 ├── CheckpointError         the model file cannot be used
 │   ├── NotACheckpoint      not a file of a known kind, or a truncated one
 │   ├── UnsafeCheckpoint    a pickle that asks for more than tensors; nothing of it was run
@@ -69,6 +70,10 @@ class UnknownName(RequestError):
         self.name, self.near = name, near
         hint = f"did you mean {' or '.join(repr(n) for n in near)}? " if near else ""
         super().__init__(f"unknown {kind} {name!r}", hint=f"{hint}known: {', '.join(names)}")
+
+
+class NotEnoughMemory(RequestError):
+    pass
 
 
 class CheckpointError(SdengineError):

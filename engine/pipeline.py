@@ -8,26 +8,25 @@ from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
-from . import presets, safety, tasks, textplan
+from . import footprint, presets, safety, tasks, textplan
 from .batch import Batch, check_alike, stacked
 from .bundle import STATISTICS, Bundle
 from .clock import Metered, stage
 from .errors import RequestError
 from .finish import Finisher, Picture
+from .footprint import Loading
 from .given import Given
 from .loop import denoise
 from .noise import VariedNoise, noise_stream
 from .ports import Array, Floats, Sessions, State, Step
 from .request import Progress, Request, Timings
-from .setup import set_up
+from .setup import Setting, set_up
 from .state import Saved
-from .table import Table
 from .tasks import Streams, Task
 from .tasks.work import Statistics
-from .tokenizer import Tokenizer
+from .texts import Texts
 from .weights import read_tensors
 
 OnStep = Callable[[Progress], None]
@@ -70,6 +69,7 @@ class Pipeline:
 
     about       backend, precision and the like, written into every picture
     available   bytes of memory that a run may take; None: not known, nothing is tiled
+    loading     how the sessions load; None: not known, a run is not held against `available`
     """
 
     def __init__(
@@ -78,13 +78,14 @@ class Pipeline:
         sessions: Sessions,
         about: dict[str, str],
         available: int | None = None,
+        loading: Loading | None = None,
     ) -> None:
         self.bundle, self.facts = bundle, bundle.facts
         self.about = {"model": bundle.facts.name, "bundle": bundle.id,
                       "model_sha256": bundle.facts.source.sha256, **about}  # fmt: skip
         self._sessions = sessions
-        self._tokenizer = Tokenizer(bundle.tokenizer_file, bundle.facts.tokenizer)
-        self._available = available
+        self._texts = Texts(bundle)
+        self._available, self._loading = available, loading
         self._unet = bundle.component("unet")
         classifier = bundle.components.get(safety.COMPONENT)
         self._classifier = None if classifier is None else classifier.config
@@ -144,13 +145,18 @@ class Pipeline:
         with _running(timings):
             with stage(timings, "prepare"):
                 setting = set_up(task, self.bundle, result.request, given, self._available)
+                self._check_memory(setting, min(result.request.batch_size, result.request.count))
             request, table = setting.request, setting.table
             work = setting.work(sessions, self._statistics)
             result.request = request
             result.warnings.extend(setting.warnings)
             result.cost = presets.cost(table, presets.costs_of(self._unet))
             with stage(timings, "text"):
-                texts = self._encode(sessions, request, table, result.warnings)
+                guided = bool((table.guidance != 1.0).any())
+                plans = self._texts.plans(request, guided, result.warnings)
+                size = min(request.batch_size, request.count)
+                row = 0 if control.resume is None else control.resume.state.rows
+                texts = self._encode(sessions, setting, plans, size, min(row, len(table) - 1))
             with stage(timings, "prepare"):
                 begin = task.prepare(work)
             sources = given.about()
@@ -215,6 +221,7 @@ class Pipeline:
                 size = len(whole)
                 shared = replace(whole[0], batch_size=size)
                 setting = set_up(task, self.bundle, shared, Given(), self._available)
+                self._check_memory(setting, size)
                 own = [
                     replace(one, height=setting.request.height, width=setting.request.width)
                     for one in whole
@@ -222,9 +229,9 @@ class Pipeline:
                 work = setting.work(sessions, self._statistics)
             results = [Result(one, timings=timings, warnings=list(setting.warnings)) for one in own]
             with stage(timings, "text"):
-                texts = stacked(
-                    [self._encode(sessions, r.request, setting.table, r.warnings) for r in results]
-                )
+                guided = bool((setting.table.guidance != 1.0).any())
+                plans = [self._texts.plans(r.request, guided, r.warnings) for r in results]
+                texts = stacked([self._encode(sessions, setting, p, size, 0) for p in plans])
             with stage(timings, "prepare"):
                 begin = task.prepare(work)
                 streams = [self._streams(one, 0) for one in own]
@@ -268,33 +275,34 @@ class Pipeline:
         apart = request.compat == "reference" and request.noise == "numpy"
         return Streams(start, noise_stream("torch", seed) if apart else own)
 
+    def _check_memory(self, setting: Setting, size: int) -> None:
+        """Raises NotEnoughMemory. A batch is one network call."""
+        if self._loading is None:
+            return
+        _, h, w = setting.canvas.latent(self.facts.latent)
+        together = setting.request.halves == "together"
+        asked = footprint.need(
+            self.bundle, self._loading, setting.table, (h, w), setting.plan,
+            batch=size, together=together,
+        )  # fmt: skip
+        footprint.check(self.bundle, asked, self._loading, self._available)
+
     def _encode(
-        self, sessions: Metered, request: Request, table: Table, warnings: list[str]
+        self, sessions: Metered, setting: Setting, plans: list[textplan.Plan], size: int, row: int
     ) -> tuple[Floats | None, Floats]:
-        """Text of the negative prompt (None when no row is guided) and of the prompt, [1, T, W]."""
-        prompts = {"prompt": request.prompt}
-        if (table.guidance != 1.0).any():
-            prompts = {"negative prompt": request.negative_prompt, **prompts}
-        options = {"weights": request.prompt_weights, "chunks": request.long_prompt}
-        plans = [textplan.plan(self._tokenizer, text, **options) for text in prompts.values()]
-        for name, plan in zip(prompts, plans, strict=True):
-            if plan.dropped:
-                room = self.facts.tokenizer.length - 2
-                warnings.append(
-                    f"the {name} is longer than {room} tokens; this was cut off: {plan.dropped}"
-                )
-        plans = textplan.level(self._tokenizer, plans)
-        if len(plans[0]) > 1 and "T" not in self._unet.spec.dims:
-            raise RequestError(
-                f"the prompt has {len(plans[0])} chunks; {self.facts.name} was exported for one",
-                hint="export the checkpoint again with this version, or leave long_prompt out",
-            )
-        ids = np.concatenate([plan.ids for plan in plans])
-        session = sessions("text_encoder", {"B": len(ids)})
-        hidden = session({"input_ids": ids})["last_hidden_state"]
-        parts = np.split(hidden, len(plans))
-        texts = [textplan.weigh(h, p.weights) for h, p in zip(parts, plans, strict=True)]
-        return (None if len(texts) == 1 else texts[0]), texts[-1]
+        """The text of a run; meanwhile the UNet is loaded that its first row will ask for.
+
+        size    pictures in a network call
+        row     the first that will run
+        """
+        first, request = setting.table.rows()[row], setting.request
+        if setting.plan.unet_tile is None:
+            _, h, w = setting.canvas.latent(self.facts.latent)
+            both = first.guidance != 1.0 and request.halves == "together"
+            tokens = len(plans[0]) * self.facts.tokenizer.length
+            dims = {"B": 2 * size if both else size, "T": tokens, "h": h, "w": w}
+            sessions.expect("unet", dims, first.graph)
+        return self._texts.encode(sessions, plans)
 
 
 def _statistics(bundle: Bundle) -> Statistics:

@@ -193,8 +193,17 @@ def test_every_option_reaches_load(load: Any) -> None:
 
 def test_the_choices_of_the_plan_reach_load(load: Any) -> None:
     given = ["--cores", "all", "--numa-node", "1", "--no-pin", "--hyper-threads"]
-    assert run("run", *given).exit_code == 0
-    assert load.calls == [{"cores": "all", "numa_node": "1", "pin": False, "hyper_threads": True}]
+    assert run("run", *given, "--device", "GPU", "--low-memory").exit_code == 0
+    assert load.calls == [
+        {
+            "cores": "all",
+            "numa_node": "1",
+            "pin": False,
+            "hyper_threads": True,
+            "device": "GPU",
+            "low_memory": True,
+        }
+    ]
 
 
 def test_what_is_not_given_is_left_to_the_engine(load: Any) -> None:

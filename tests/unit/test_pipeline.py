@@ -56,7 +56,7 @@ def test_every_sampler_ends_at_the_picture_of_the_text(pipe, sampler):
     result = pipe(prompt="a fox", negative_prompt="a fox", sampler=sampler, steps=12, seed=3)
     (made,) = result.pictures
     text = pipe._sessions("text_encoder", {"B": 1})(
-        {"input_ids": np.array([pipe._tokenizer.encode("a fox").ids])}
+        {"input_ids": np.array([pipe._texts._tokenizer.encode("a fox").ids])}
     )["last_hidden_state"]
     end = solvers.find(sampler).schedule in ("leading", "uniform")  # sigma 0.029 is left
     expected = picture(text, (4, 8, 16))[0]
