@@ -322,6 +322,10 @@ def run(
     low_memory: Annotated[
         bool | None, typer.Option("--low-memory", help="Keep one network at a time in memory.")
     ] = None,
+    launch: Annotated[
+        str | None,
+        typer.Option(help="intel: start again with allocator, OpenMP and numactl set for torch."),
+    ] = None,
     preview: Annotated[
         int | None,
         typer.Option(help="Every so many steps, write a rough picture to NAME.preview.png."),
@@ -340,6 +344,11 @@ def run(
     quiet: Quiet = False,
 ) -> None:
     """Make pictures, from a prompt and from pictures; print their paths."""
+    if launch is not None:
+        from .backends.launch import again
+
+        for line in again(launch):
+            _say(f"launch: {line}")
     asked = _given(
         prompt=prompt,
         negative_prompt=negative_prompt,

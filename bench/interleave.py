@@ -200,7 +200,7 @@ def _try_start(
     runner.missing = request["steps"] - paced.steps[name] if name in paced.steps else 0
     warm = {} if paced.warm_steps is None else {"steps": paced.warm_steps}
     try:
-        for _ in range(paced.warmups):
+        for _ in range(paced.warmups_of(name)):
             runner.ask({**runner.request, **warm})
     except SdengineError as error:
         return runner, failure("run", error.message, error.hint)

@@ -15,7 +15,8 @@ from ..engine.errors import RequestError, UnknownName
 class Pace:
     """rounds      turns of each peer; ours run before, between and after all turns of peers
     turns       other numbers of turns, by name: of a peer, or of a variant of ours
-    steps       fewer steps than asked for, by name: the picture's time is then composed
+    steps       fewer steps than asked for, by name: the picture's time is then composed, and there
+                is no warm-up: a peer so slow spends seconds on a first time, and hours on the rest
     warmups     pictures before, which do not count
     warm_steps  their steps; None: as many as the measured ones
     """
@@ -29,6 +30,9 @@ class Pace:
     def turns_of(self, peer: str) -> int:
         return self.turns.get(peer, self.rounds)
 
+    def warmups_of(self, peer: str) -> int:
+        return 0 if peer in self.steps else self.warmups
+
     def places(self, name: str, slots: int) -> frozenset[int]:
         """In which of the slots between turns of peers a variant of ours runs: evenly spread, the
         first and the last among them."""
@@ -39,7 +43,8 @@ class Pace:
         """For a reader of the results."""
         turns = "".join(f", {name} {count}" for name, count in self.turns.items())
         few = "".join(
-            f"; {name} ran {count} steps, and the missing ones are added at their median"
+            f"; {name} ran {count} steps without a warm-up, and the missing ones are added at the "
+            "median of these"
             for name, count in self.steps.items()
         )
         warm = "" if self.warm_steps is None else f" of {self.warm_steps} steps"

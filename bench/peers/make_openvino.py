@@ -31,6 +31,7 @@ def main(source: Path, out: Path, precision: str) -> None:
         return
     import nncf
     from optimum.intel import (
+        OVConfig,
         OVPipelineQuantizationConfig,
         OVQuantizationConfig,
         OVQuantizer,
@@ -57,7 +58,9 @@ def main(source: Path, out: Path, precision: str) -> None:
     )
     dataset = OVCalibrationDataset({"unet": nncf.Dataset(calls[:SAMPLES])})
     OVQuantizer(pipe).quantize(
-        ov_config=config, calibration_dataset=dataset, save_directory=str(out)
+        ov_config=OVConfig(quantization_config=config),
+        calibration_dataset=dataset,
+        save_directory=str(out),
     )
     for name in ("tokenizer", "scheduler", "model_index.json"):  # what genai reads beside them
         if not (out / name).exists():

@@ -279,6 +279,7 @@ def test_warnings_go_to_stderr(load: Any) -> None:
         (["--guidance", "nan"], "guidance is nan"),
         (["--count", 0], "count is 0"),
         (["--out", "x.bmp"], "'x.bmp'"),
+        (["--launch", "intl"], "unknown launch 'intl'"),
     ],
 )
 def test_a_bad_request_is_a_usage_error(load: Any, options: list[object], message: str) -> None:

@@ -161,7 +161,7 @@ def test_slow_peers_take_fewer_turns_and_ours_are_spread(setup, tmp_path, order)
     assert "2 rounds, slow 1, b 2" in found.notes[0]
 
 
-def test_a_picture_of_fewer_steps_is_composed(setup, tmp_path):
+def test_a_picture_of_fewer_steps_is_composed(setup, tmp_path, order):
     """The worker says 10 s a picture and half a second a step: two of six steps are missing."""
     asked = setup({"ours": 1.0}, {"peer": 10.0})
     found = interleave.run(
@@ -173,6 +173,7 @@ def test_a_picture_of_fewer_steps_is_composed(setup, tmp_path):
     assert pair["quality"]["peer"] is None, "it is not the picture that was asked for"
     assert pair["quality"]["ours"] is not None
     assert "peer ran 4 steps" in found.notes[0]
+    assert len(order) == 1 + 1 + 3, "reference, our warm-up, ours, peer, ours"
     assert "composed of 4 steps" in report.markdown(found)
 
 
