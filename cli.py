@@ -16,6 +16,7 @@ import typer
 from typer.core import TyperCommand
 
 from . import __version__
+from .commands import cache as caching
 from .engine.errors import NotABundle, RequestError, SdengineError, UnknownName
 from .serve.batch_command import batch
 from .serve.pack_command import pack
@@ -672,6 +673,17 @@ def bench(ctx: typer.Context) -> None:
     measuring(args=ctx.args, prog_name="sdengine bench")
 
 
+kept = typer.Typer(
+    name="cache",
+    help="The compiled networks that this machine keeps.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+kept.command("list", cls=Careful)(caching.show)
+kept.command("verify", cls=Careful)(caching.verify)
+kept.command("prune", cls=Careful)(caching.prune)
+app.add_typer(kept)
 app.command(cls=Careful)(batch)
 app.command(cls=Careful)(pack)
 

@@ -128,7 +128,7 @@ class Store:
     def discard(self, what: Key, made: Key, reason: str) -> None:
         """Remove an entry that is of no use."""
         log.warning("%s: the compiled copy is discarded: %s", _label(what), reason)
-        _remove(self._folder(what, made))
+        remove_entry(self._folder(what, made))
 
     def entries(self) -> list[Entry]:
         """All whole entries, least recently used first."""
@@ -154,7 +154,7 @@ class Store:
         for entry in entries:
             if total <= room:
                 break
-            _remove(entry.folder)
+            remove_entry(entry.folder)
             removed.append(entry)
             total -= entry.size
         return removed
@@ -274,7 +274,7 @@ def _label(what: Key) -> str:
     return f"{what['backend']} {what['component']} ({what['precision']}{shapes})"
 
 
-def _remove(folder: Path) -> None:
+def remove_entry(folder: Path) -> None:
     """Out of sight by one rename, then gone: nobody meets half an entry."""
     doomed = folder.with_name(f".partial-doomed-{os.getpid()}-{folder.name}")
     try:
