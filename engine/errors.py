@@ -44,6 +44,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class SdengineError(Exception):
@@ -55,6 +56,18 @@ class SdengineError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As it is, to another process: the classes do not all take the same arguments."""
+        return _restored, (type(self), self.args, self.__dict__)
+
+
+def _restored(
+    kind: type[SdengineError], arguments: tuple[Any, ...], facts: dict[str, Any]
+) -> SdengineError:
+    error = kind.__new__(kind, *arguments)
+    error.__dict__.update(facts)
+    return error
 
 
 class RequestError(SdengineError):

@@ -9,7 +9,7 @@ checked by  tests/serve/test_batch.py, test_batch_killed.py, test_batch_storage.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 from ..engine import images
 from ..engine.errors import RequestError, SdengineError
+from ..engine.finish import Picture
 from ..engine.metadata import read_metadata
 from ..engine.pipeline import Pipeline
 from ..engine.request import Progress
@@ -91,11 +92,13 @@ def run(
     engine: Engine,
     *,
     keep_going: bool = False,
+    together: int = 1,
     hooks: Hooks = Hooks(),
 ) -> Outcome:
     """Make in the folder `out` what is not there yet.
 
     keep_going  a picture that cannot be made does not stop the others
+    together    pictures of one network call, of lines that differ in words and seeds alone
     raises      StorageError; RequestError where another batch fills the folder; any SdengineError
                 of a job, unless `keep_going`
     """
@@ -104,7 +107,7 @@ def run(
         there = {item.name for item in wanted if (out / item.name).is_file()}
         outcome.already = len(there)
         _say_what_is_there(wanted, there, out, log)
-        work = jobs(wanted, there, engine.most)
+        work = jobs(wanted, there, engine.most, together)
         total = len(wanted) - len(there)
         for found in engine.run(work, lambda done: hooks.on_progress(done, total)) if work else ():
             if isinstance(found, Failed):
@@ -180,21 +183,49 @@ class Local:
 
 
 def pictures(
-    pipe: Pipeline, job: Job, on_step: Callable[[Progress], None] | None = None
+    pipe: Pipeline,
+    job: Job,
+    on_step: Callable[[Progress], None] | None = None,
+    given: Mapping[str, Any] | None = None,
 ) -> Iterator[Made | Failed]:
-    """The pictures of one job, each as soon as it is there, encoded."""
+    """The pictures of one job, each as soon as it is there, encoded.
+
+    given       the pictures that it is made from, where their paths say nothing here
+    """
+    if job.together:
+        yield from _together(pipe, job, on_step)
+        return
     last, done = perf_counter(), 0
-    given: dict[str, Any] = dict(job.items[0].pictures)
+    sources: dict[str, Any] = dict(job.items[0].pictures if given is None else given)
     try:
-        for result in pipe.stream(job.request, on_step=on_step, **given):
+        for result in pipe.stream(job.request, on_step=on_step, **sources):
             for picture in result.pictures[done:]:
-                item = job.items[done]
-                data = images.encode(picture.image, Path(item.name), picture.text())
+                data = _encoded(job.items[done], picture)
                 now = perf_counter()
-                yield Made(item, data, now - last, tuple(result.warnings))
+                yield Made(job.items[done], data, now - last, tuple(result.warnings))
                 last, done = now, done + 1
     except SdengineError as error:
         yield Failed(job.items[done:], error)
+
+
+def _together(
+    pipe: Pipeline, job: Job, on_step: Callable[[Progress], None] | None
+) -> Iterator[Made | Failed]:
+    """Where one of them cannot be made, each on its own: so that the others are."""
+    begin = perf_counter()
+    try:
+        results = pipe.together(job.requests, on_step=on_step)
+    except SdengineError:
+        for one in job.apart():
+            yield from pictures(pipe, one, on_step)
+        return
+    each = (perf_counter() - begin) / len(results)
+    for item, result in zip(job.items, results, strict=True):
+        yield Made(item, _encoded(item, result.pictures[0]), each, tuple(result.warnings))
+
+
+def _encoded(item: Item, picture: Picture) -> bytes:
+    return images.encode(picture.image, Path(item.name), picture.text())
 
 
 def check_suffix(name: str) -> str:

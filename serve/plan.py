@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..engine import tasks
+from ..engine.batch import APART
 from ..engine.bundle import Bundle
 from ..engine.given import Given, digest
 from ..engine.outputs import stem
@@ -27,6 +28,8 @@ from ..engine.setup import set_up
 from .lines import Line
 
 DIGITS = 12  # of a name's hash: among 100,000 pictures two are alike once in 50,000 batches
+
+ALONE = ""  # the shape of what runs on its own
 
 _OWN = {f.name: f.default for f in fields(Request)}
 _NOT_THE_PICTURE = ("count", "batch_size", "solver")  # of a solver's file its content counts
@@ -49,9 +52,21 @@ class Item:
 
 @dataclass(frozen=True)
 class Job:
-    """Pictures that one run makes: of one line, their seeds one after another."""
+    """Pictures that one run makes: of one line, their seeds one after another.
+
+    together    of several lines, which differ in words and seeds alone: one network call for all
+    """
 
     items: tuple[Item, ...]
+    together: bool = False
+
+    @property
+    def requests(self) -> list[Request]:
+        """Of each picture on its own."""
+        return [item.request for item in self.items]
+
+    def apart(self) -> list[Job]:
+        return [Job((item,)) for item in self.items]
 
     @property
     def request(self) -> Request:
@@ -112,14 +127,39 @@ def items(
     return list(made.values())
 
 
-def jobs(wanted: Sequence[Item], done: Container[str] = (), most: int | None = None) -> list[Job]:
-    """The runs that make what is not done: neighbours of one line together.
+def jobs(
+    wanted: Sequence[Item],
+    done: Container[str] = (),
+    most: int | None = None,
+    together: int = 1,
+) -> list[Job]:
+    """The runs that make what is not done, in the order in which each begins.
 
-    done    names
-    most    pictures of one run; None: as many as follow each other
+    done        names
+    most        pictures of one run; None: as many as follow each other
+    together    pictures of one network call: lines that differ in words and seeds alone share it.
+                What is left of a shape, being fewer, runs on its own: one size is compiled
     """
+    missing = [item for item in wanted if item.name not in done]
+    if together == 1:
+        return _neighbours(missing, most)
+    shapes: dict[str, list[Item]] = {}
+    for item in missing:
+        shapes.setdefault(_shape(item), []).append(item)
+    found, rest = [], []
+    for key, group in shapes.items():
+        whole = 0 if key == ALONE else len(group) // together * together
+        found += [Job(tuple(group[k : k + together]), True) for k in range(0, whole, together)]
+        rest += group[whole:]
+    place = {item.name: k for k, item in enumerate(wanted)}
+    rest.sort(key=lambda item: place[item.name])
+    found += _neighbours(rest, most)
+    return sorted(found, key=lambda job: place[job.items[0].name])
+
+
+def _neighbours(missing: Sequence[Item], most: int | None) -> list[Job]:
     found: list[list[Item]] = []
-    for item in (one for one in wanted if one.name not in done):
+    for item in missing:
         room = item.batch_size if most is None else min(item.batch_size, most)
         full = most is not None and bool(found) and len(found[-1]) >= room
         if found and not full and item.follows(found[-1][-1]):
@@ -127,6 +167,14 @@ def jobs(wanted: Sequence[Item], done: Container[str] = (), most: int | None = N
         else:
             found.append([item])
     return [Job(tuple(group)) for group in found]
+
+
+def _shape(item: Item) -> str:
+    """Equal for pictures that one network call may make; ALONE where it may not."""
+    if item.pictures or item.request.long_prompt or item.batch_size > 1:
+        return ALONE
+    fields = item.request.to_dict()
+    return json.dumps([fields[name] for name in sorted(fields) if name not in APART])
 
 
 def _next(request: Request) -> Request:

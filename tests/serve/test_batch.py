@@ -235,3 +235,37 @@ def test_a_sheet_holds_pictures_of_any_size_in_their_order(tmp_path: Path) -> No
         assert made.getpixel((260 + 3, 2 + 3)) == colours["green"]
         assert made.getpixel((2 + 128, 132 + 64)) == colours["blue"]
         assert made.getpixel((260 + 128, 132 + 64)) == (0, 0, 0)
+
+
+def test_pictures_of_one_call_are_those_of_single_runs(
+    fake_bundle: Path, write_lines: Write, tmp_path: Path
+) -> None:
+    path = write_lines(*[{"prompt": f"fox {k}", "steps": 2} for k in range(5)])
+    wanted = planned(path, fake_bundle)
+    batch.run(wanted, tmp_path / "alone", local(fake_bundle))
+    calls = []
+    with api.load(fake_bundle, backend="fake") as pipe:
+        together = pipe.together
+
+        def counted(requests: Any, **options: Any) -> Any:
+            calls.append(len(requests))
+            return together(requests, **options)
+
+        pipe.together = counted  # type: ignore[method-assign]
+        engine = batch.Local(lambda preset: nullcontext(pipe))
+        outcome = batch.run(wanted, tmp_path / "four", engine, together=4)
+    assert (outcome.made, calls) == (5, [4])
+    for item in wanted:
+        with Image.open(tmp_path / "alone" / item.name) as a:
+            with Image.open(tmp_path / "four" / item.name) as b:
+                assert np.array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_one_that_cannot_be_made_does_not_take_its_neighbours_along(
+    fake_bundle: Path, write_lines: Write, tmp_path: Path
+) -> None:
+    path = write_lines("fox", "\ud800", "bear", "panda")
+    wanted = planned(path, fake_bundle)
+    outcome = batch.run(wanted, tmp_path, local(fake_bundle), keep_going=True, together=4)
+    assert (outcome.made, outcome.failed) == (3, 1)
+    assert not (tmp_path / wanted[1].name).exists()

@@ -198,3 +198,34 @@ def test_runs_are_neighbours_of_one_line(write_lines: Write) -> None:
     most = plan.jobs(found, (), 2)
     assert [j.request.count for j in most] == [2, 2, 2, 1, 1, 1, 1, 1, 1]
     assert [item.name for job in most for item in job.items] == [item.name for item in found]
+
+
+def test_lines_that_differ_in_words_and_seeds_share_a_call(
+    write_lines: Write, tmp_path: Path
+) -> None:
+    save_picture(tmp_path / "a.png")
+    path = write_lines(
+        {"prompt": "a", "steps": 3},
+        {"prompt": "b", "steps": 4},
+        {"prompt": "c", "steps": 3, "negative_prompt": "x", "count": 2},
+        {"prompt": "d", "steps": 3, "image": "a.png"},
+        {"prompt": "e", "steps": 4},
+        {"prompt": "f", "steps": 3, "count": 2},
+        {"prompt": "g", "steps": 4, "long_prompt": True},
+    )
+    found = planned(path)
+
+    def shown(work: list[plan.Job]) -> list[tuple[str, bool]]:
+        return [("".join(r.prompt for r in job.requests), job.together) for job in work]
+
+    assert shown(plan.jobs(found, together=2)) == [
+        ("ac", True), ("be", True), ("cf", True), ("d", False), ("f", False), ("g", False),
+    ]  # fmt: skip
+    # fewer than asked for run on their own, neighbours of one line still in one run
+    assert shown(plan.jobs(found, together=4)) == [
+        ("accf", True), ("b", False), ("d", False), ("e", False), ("f", False), ("g", False),
+    ]  # fmt: skip
+    assert shown(plan.jobs(found, {found[0].name}, together=4)) == [
+        ("b", False), ("ccff", True), ("d", False), ("e", False), ("g", False),
+    ]  # fmt: skip
+    assert len(plan.jobs(found, together=1)) == 7
