@@ -66,8 +66,7 @@ def plan(
     side = _side(asked, latent.multiple, "tile")
     own = _side(unet, latent.multiple, "tile of the UNet")
     unet_asked = own if own is not None else side if upscaler else None
-    known = "ch" in bundle.component("vae_decoder").config
-    if asked == "off" or side is not None or available is None or not known:
+    if asked == "off" or side is not None or available is None or not known(bundle):
         as_asked = asked not in (None, "auto")
         reason = f"tiles as asked: {asked}" if as_asked else "what memory it takes is not known"
         return Plan(_cut(side, h, w), _cut(unet_asked, h, w), reason)
@@ -81,6 +80,14 @@ def plan(
     cut = _cut(unet_asked, h, w)
     reason = _reason(bundle, h, w, vae, scores, available)
     return Plan(vae, cut, reason if cut is None else f"{reason}; the UNet in tiles of {cut} cells")
+
+
+def known(bundle: Bundle) -> bool:
+    """Whether the configs of its networks say how wide they are: what they take is known then."""
+    return (
+        "ch" in bundle.component("vae_decoder").config
+        and "channel_mult" in bundle.component("unet").config
+    )
 
 
 def vae_bytes(bundle: Bundle, height: int, width: int, scores: bool = False) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from . import footprint, presets, safety, tasks, textplan
+from . import footprint, memory, presets, safety, tasks, textplan
 from .batch import Batch, check_alike, stacked
 from .bundle import STATISTICS, Bundle
 from .clock import Metered, stage
@@ -277,7 +277,7 @@ class Pipeline:
 
     def _check_memory(self, setting: Setting, size: int) -> None:
         """Raises NotEnoughMemory. A batch is one network call."""
-        if self._loading is None:
+        if self._loading is None or not memory.known(self.bundle):
             return
         _, h, w = setting.canvas.latent(self.facts.latent)
         together = setting.request.halves == "together"
