@@ -697,7 +697,7 @@ def serve(ctx: typer.Context) -> None:
     """Answer over HTTP, as AUTOMATIC1111 and OpenAI do (`sdengine serve --help`)."""
     from .serve.command import app as serving
 
-    serving(args=ctx.args, prog_name="sdengine serve", standalone_mode=False)
+    serving(args=ctx.args, prog_name="sdengine serve")
 
 
 @app.command(cls=Careful)

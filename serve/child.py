@@ -87,6 +87,11 @@ class Child:
         with contextlib.suppress(WorkerLost):
             await self._send("stop", run=run)
 
+    async def died(self) -> None:
+        """Returns when the process is gone."""
+        assert self._process is not None
+        await self._process.wait()
+
     async def end(self) -> None:
         """Kill it, if it lives; it has nothing that must be saved."""
         process = self._process
@@ -110,7 +115,9 @@ class Child:
         assert self._process is not None
         assert self._process.stdout is not None
         try:
-            message = await asyncio.wait_for(wire.receive(self._process.stdout), limit)
+            # not wait_for: in Python 3.11 that loses a cancellation that comes with the message
+            async with asyncio.timeout(limit):
+                message = await wire.receive(self._process.stdout)
         except TimeoutError:
             raise _lost(f"it did not move for {limit:g} s") from None
         except (wire.BadFrame, OSError) as error:

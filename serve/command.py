@@ -26,6 +26,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 GIB = 2**30
+BACKLOG = 2048
+INTERRUPTED = 130  # as a shell reports a process that SIGINT ended
 OWN = Config({})  # whose fields are the defaults
 LIMITS = Limits()
 
@@ -129,7 +131,7 @@ def run(config: Config) -> None:
             self._pool = pool
 
         async def on_tick(self, counter: int) -> bool:
-            if self._pool.failed is not None:
+            if told or self._pool.failed is not None:
                 self.should_exit = True
             return await super().on_tick(counter)
 
@@ -138,6 +140,8 @@ def run(config: Config) -> None:
             await super().shutdown(sockets)
             await closing
 
+    told: list[int] = []  # before uvicorn has its own handler, and once more at its end
+    signal.signal(signal.SIGTERM, lambda number, _: told.append(number))
     listening = bind(config.host, config.port)
     application = create_app(config)
     pool = application.state.served.pool
@@ -146,12 +150,15 @@ def run(config: Config) -> None:
     server = Server(
         uvicorn.Config(
             application, log_level="warning", access_log=False, server_header=False,
+            backlog=BACKLOG,
             timeout_graceful_shutdown=int(config.grace_s) + 10, ws="none",
         ),
         pool,
     )  # fmt: skip
-    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it once more at its end
-    server.run(sockets=[listening])
+    try:
+        server.run(sockets=[listening])
+    except KeyboardInterrupt:  # Ctrl-C, after it has stopped as on SIGTERM
+        raise typer.Exit(INTERRUPTED) from None
     if pool.failed is not None:
         raise pool.failed
 
@@ -163,6 +170,7 @@ def bind(host: str, port: int) -> socket.socket:
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host, port))
+        listening.listen(BACKLOG)  # who comes before all is up waits
     except OSError as error:
         listening.close()
         raise StorageError(

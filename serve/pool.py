@@ -43,6 +43,7 @@ from .wire import Message
 log = logging.getLogger("sdengine.serve")
 
 ATTEMPTS = 2
+TRIES = 2  # starts that fail before what waits is told so
 TOGETHER = 4  # requests in one batch where it pays: of one size, so that one shape is compiled
 PATIENCE = (0.2, 1.0, 5.0, 30.0)  # seconds before a worker that does not start is tried again
 
@@ -154,7 +155,8 @@ class Pool:
         self.stopping = True
         limit = self.config.grace_s if grace is None else grace
         try:
-            await asyncio.wait_for(self._drained(), limit)
+            async with asyncio.timeout(limit):
+                await self._drained()
         except TimeoutError:
             for job in [*self.waiting, *self.running.values()]:
                 job.fail(Stopping(
@@ -208,6 +210,19 @@ class Pool:
             total -= sum(len(made.pixels) for made in job.made)
             del self.kept[job.id]
 
+    async def _next(self, child: Child) -> list[Job]:
+        """Jobs for a worker. Raises WorkerLost when it dies before there are any."""
+        taking = asyncio.create_task(self._take(child))
+        dying = asyncio.create_task(child.died())
+        try:
+            await asyncio.wait({taking, dying}, return_when=asyncio.FIRST_COMPLETED)
+            if not taking.done():
+                raise WorkerLost("a worker died while it had nothing to do", hint="none is needed")
+            return taking.result()
+        finally:
+            taking.cancel()
+            dying.cancel()
+
     async def _take(self, child: Child) -> list[Job]:
         """The oldest job, with others of its shape where a batch of them pays."""
         while not self.waiting:
@@ -239,6 +254,7 @@ class Pool:
                 await child.end()
                 if not self.restarts and not self.warm:
                     self.failed = error
+                self._hand_back(error, tries)
                 await asyncio.sleep(PATIENCE[min(tries, len(PATIENCE) - 1)])
                 tries += 1
                 continue
@@ -247,7 +263,7 @@ class Pool:
             self.metrics.memory.labels("worker").set(child.rss)
             try:
                 while not child.crowded:
-                    await self._work(child, await self._take(child))
+                    await self._work(child, await self._next(child))
                 log.info("a worker holds more than it may: it is started anew")
             except WorkerLost as error:
                 log.warning("%s", error.message)
@@ -257,6 +273,13 @@ class Pool:
                 await child.end()
             child.crowded = False
             self.restarts += 1
+
+    def _hand_back(self, error: SdengineError, tries: int) -> None:
+        """Nobody waits for workers that do not start: a deleted bundle mends itself seldom."""
+        if self.warm or tries < TRIES:
+            return
+        for job in list(self.waiting):
+            job.fail(error)
 
     async def _work(self, child: Child, jobs: list[Job]) -> None:
         """One job's parts, or one picture of each of several. Raises WorkerLost."""
