@@ -25,6 +25,7 @@ from . import devices, machine
 from .base import GraphBackend, Run, agree, first_line
 from .cache import Key, Store, open_store
 from .mapping import Mapped
+from .openvino_floats import RECIPE, keep_float32
 
 log = logging.getLogger("sdengine.backends")
 
@@ -104,6 +105,7 @@ class OpenVINO(GraphBackend):
             **devices.maker(core, device),
             "processor": machine.processor(),
             "threads": str(threads),
+            "in float32": RECIPE if config["INFERENCE_PRECISION_HINT"] == "bf16" else "all",
         }
         store = self._place(device)
         kept = None if store is None else self._from_store(store, what, made, graph, device, config)
@@ -114,6 +116,8 @@ class OpenVINO(GraphBackend):
             model = core.read_model(graph.path)
             agree(component, graph, *(_names(ports) for ports in (model.inputs, model.outputs)))
             model.reshape({t.name: _partial(t.shape, profile.dims) for t in graph.inputs})
+            if config["INFERENCE_PRECISION_HINT"] == "bf16":
+                keep_float32(core, model)
             return core.compile_model(model, device, config)
 
         if store is None:
