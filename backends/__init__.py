@@ -18,6 +18,7 @@ REGISTRY = {
 NAMES = tuple(REGISTRY)
 # Asked for by name: none is proved on every machine that has a GPU.
 GPU = {
+    "torch-cuda": "torch_cuda:TorchCuda",
     "trt": "tensorrt:TensorRT",
     "trt-rtx": "tensorrt:TensorRTRTX",
 }

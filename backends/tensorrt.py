@@ -26,7 +26,7 @@ from . import plans
 from .base import GraphBackend, Run, first_line
 from .cache import Store, open_store
 from .cuda.board import TableBoard
-from .cuda.device import MIB, Device, Facts
+from .cuda.device import MIB, Device, Facts, device_index
 from .cuda.engines import EngineRun, Lanes, Messages, Opened, deserialize
 from .denoise import denoise
 
@@ -78,6 +78,14 @@ class TensorRT(GraphBackend):
         self._engines: WeakValueDictionary[tuple[object, ...], Opened] = WeakValueDictionary()
 
     def probe(self) -> Probe:
+        return self._probe
+
+    def probe_on(self, device: str) -> Probe:
+        """Of the library and its first GPU; whether that one is there is seen when it is opened."""
+        try:
+            device_index(device)
+        except BackendUnavailable as error:
+            return Probe(False, error.message, error.hint)
         return self._probe
 
     @cached_property
@@ -141,7 +149,7 @@ class TensorRT(GraphBackend):
         return plans.typed(component, profile.precision)
 
     def compile(self, component: Component, graph: Graph, profile: Profile) -> EngineGraph:
-        lanes = self._lanes(device_index(profile))
+        lanes = self._lanes(device_index(profile.device))
         facts = lanes.device.facts()
         self._check_device(facts)
         key = (component.weights_sha256, graph.sha256, profile, facts.index)
@@ -262,20 +270,6 @@ class EngineGraph:
     def close(self) -> None:
         self._opened = None
         self._lanes.leave(self)
-
-
-def device_index(profile: Profile) -> int:
-    """`cuda:1` is 1; the default of a Profile and `cuda` are 0. Raises BackendUnavailable."""
-    device = str(getattr(profile, "device", "CPU")).lower()
-    if device in ("cpu", "cuda", "gpu", "auto"):
-        return 0
-    kind, _, number = device.partition(":")
-    if kind not in ("cuda", "gpu") or not number.isdecimal():
-        raise BackendUnavailable(
-            f"device {device!r} is no GPU that CUDA knows",
-            hint="give cuda, cuda:0, cuda:1, ...; CUDA_VISIBLE_DEVICES chooses which are counted",
-        )
-    return int(number)
 
 
 def build_apart(library: str, graph: Graph, dims: Mapping[str, plans.Span], facts: Facts) -> bytes:

@@ -19,7 +19,7 @@ from ..engine.errors import BackendError, CorruptPart
 from ..engine.ports import Array, Probe
 from ..engine.spec import Component, Graph, Precision, Profile, cut_of
 from . import machine
-from .base import GraphBackend, Run, first_line
+from .base import Compiled, GraphBackend, Run, first_line
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -53,7 +53,7 @@ class Torch(GraphBackend):
             reason += ", through torch.compile"
         return Probe(True, reason, precisions=precisions(), speed=10)
 
-    def compile(self, component: Component, graph: Graph, profile: Profile) -> TorchNetwork:
+    def compile(self, component: Component, graph: Graph, profile: Profile) -> Compiled:
         import torch
 
         # One setting for the whole process: torch has no other.
@@ -61,7 +61,7 @@ class Torch(GraphBackend):
         key = (component.spec.name, str(component.weights), component.key, profile.precision)
         module = self._modules.get(key)
         if module is None:
-            module = _loaded(component, profile.precision)
+            module = loaded(component, profile.precision)
             module = self._modules[key] = self.prepared(module, profile.precision)
         return TorchNetwork(self.answer(module, graph))
 
@@ -90,7 +90,7 @@ def _compiles() -> bool:
     return os.environ.get("SDENGINE_TORCH") == "compile"
 
 
-def _loaded(component: Component, precision: Precision) -> nn.Module:
+def loaded(component: Component, precision: Precision) -> nn.Module:
     """The network with its weights. Raises BackendError, CorruptPart."""
     import torch
     from safetensors import safe_open
@@ -98,7 +98,7 @@ def _loaded(component: Component, precision: Precision) -> nn.Module:
     prefix, build = _builder(component.spec.name)
     with torch.device("meta"):
         module = build(component.config)
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = {"bf16": torch.bfloat16, "f16": torch.float16}.get(precision, torch.float32)
     names = {prefix + name: name for name in module.state_dict()}
     with safe_open(component.weights, framework="pt") as file:
         if missing := sorted(set(names) - set(file.keys())):

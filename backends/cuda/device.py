@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from ...engine.errors import BackendUnavailable
 from ...engine.ports import Array
 
 Kernel = Literal["feed", "advance", "next_row"]
@@ -149,3 +150,17 @@ class Lane:
             self._scratch.free()
             self._scratch = None
         self._end()
+
+
+def device_index(name: str | None) -> int:
+    """`cuda:1` is 1; `cuda`, and None, are 0. Raises BackendUnavailable."""
+    device = "cuda" if name is None else name.lower()
+    if device == "cuda":
+        return 0
+    kind, _, number = device.partition(":")
+    if kind != "cuda" or not number.isdecimal():
+        raise BackendUnavailable(
+            f"device {device!r} is no GPU that CUDA knows",
+            hint="give cuda, cuda:0, cuda:1, ...; CUDA_VISIBLE_DEVICES chooses which are counted",
+        )
+    return int(number)

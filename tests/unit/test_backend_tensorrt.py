@@ -379,7 +379,7 @@ def test_the_device_is_chosen_by_the_profile(folder, store, bundle):
     machine = Machine(folder, store)
     load(machine, bundle, device="cuda:1")
     assert machine.opened == [0, 1], "the first for the probe"
-    for device in ("cuda:x", "tpu", "cuda:"):
+    for device in ("cuda:x", "tpu", "cuda:", "CPU"):
         with pytest.raises(BackendUnavailable, match="is no GPU that CUDA knows") as caught:
             load(machine, bundle, device=device)
         assert "CUDA_VISIBLE_DEVICES" in caught.value.hint

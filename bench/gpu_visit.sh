@@ -1,0 +1,56 @@
+#!/bin/bash
+# One visit to a machine with a GPU, CUDA and torch, and nothing else:
+#
+#   bash bench/gpu_visit.sh pack WHEELS OUT     here: wheels in pieces of at most 60 MiB, with checksums
+#   bash bench/gpu_visit.sh run [STAGE...]      there: join and install them, then test, measure, report
+#
+#   REHEARSE=1      tiny networks on the processor, the same code
+#   OUT             where results go (gpu-visit); a second run goes on where the first was stopped
+#   WHEELS          the folder with wheels and pieces of wheels (wheels)
+#   BUDGET_S        seconds that this command may take (540): what does not fit is left for the next
+set -u
+cd "$(dirname "$0")/.." || exit 1
+PIECE=${PIECE:-$((60 * 1024 * 1024))} # bytes: a transfer takes 64 MiB at most
+OUT=${OUT:-gpu-visit} WHEELS=${WHEELS:-wheels} BUDGET_S=${BUDGET_S:-540} PYTHON=${PYTHON:-python3}
+export SDENGINE_CACHE=${SDENGINE_CACHE:-$OUT/cache}
+
+pack() { # WHEELS OUT
+  mkdir -p "$2" || exit 1
+  for wheel in "$1"/*.whl; do
+    name=$(basename "$wheel")
+    if [ "$(stat -c %s "$wheel")" -le $PIECE ]; then cp "$wheel" "$2/$name"; continue; fi
+    split --bytes=$PIECE --numeric-suffixes --suffix-length=3 "$wheel" "$2/$name.part"
+    (cd "$1" && sha256sum "$name") > "$2/$name.sha256"
+  done
+}
+
+join() { # WHEELS: every wheel whose pieces are all here becomes whole
+  for sum in "$1"/*.sha256; do
+    [ -e "$sum" ] || continue
+    name=$(basename "$sum" .sha256)
+    [ -e "$1/$name" ] || cat "$1/$name".part* > "$1/$name"
+    if ! (cd "$1" && sha256sum --check --quiet "$name.sha256"); then
+      echo "error: $name is not whole: a piece is missing or damaged; bring its pieces again" >&2
+      rm -f "$1/$name"; exit 1
+    fi
+  done
+}
+
+install() { # what is there already (torch) is left alone
+  [ -d "$WHEELS" ] || return 0
+  join "$WHEELS"
+  ls "$WHEELS"/*.whl > /dev/null 2>&1 || return 0
+  $PYTHON -m pip install --quiet --no-index --no-deps "$WHEELS"/*.whl
+}
+
+case "${1:-}" in
+  pack) pack "$2" "$3" ;;
+  join) join "$2" ;;
+  run)
+    shift; mkdir -p "$OUT" .types; [ -e .types/sdengine ] || ln -s .. .types/sdengine
+    install || exit 1
+    export PYTHONPATH=$PWD/.types${PYTHONPATH:+:$PYTHONPATH}
+    exec $PYTHON -m sdengine.bench.gpu_visit --out "$OUT" --budget "$BUDGET_S" \
+      ${REHEARSE:+--rehearse} "$@" ;;
+  *) sed -n '2,11p' "$0"; exit 2 ;;
+esac

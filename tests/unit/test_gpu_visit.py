@@ -1,0 +1,175 @@
+"""The GPU visit: what is due, what stays when time is up, pieces of wheels, and a rehearsed row."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sdengine.bench import gpu_row, gpu_visit
+from sdengine.bench.gpu_visit import CASES, RUNGS, Visit
+
+SCRIPT = Path(__file__).parents[2] / "bench" / "gpu_visit.sh"
+
+
+def visit(folder, seconds=1000.0, **options):
+    return Visit(folder, False, time.monotonic() + seconds, **options)
+
+
+def test_the_ladder_is_that_of_the_issue():
+    sizes = {(c.side, c.steps, c.batch) for c in CASES}
+    assert sizes == {
+        (512, 20, 1),
+        (512, 20, 4),
+        (768, 20, 1),
+        (768, 20, 4),
+        (512, 1, 1),
+        (512, 4, 1),
+    }
+    assert [c.guidance for c in CASES if c.name.startswith("turbo")] == [1.0, 1.0]
+    names = [r.name for r in RUNGS]
+    assert len(set(names)) == len(names)
+    assert names[0] == gpu_visit.REFERENCE
+    assert {r.backend for r in RUNGS} == {*gpu_visit.BACKENDS, None}
+    assert [r.options for r in RUNGS if r.backend is None] == [{}, {"compiled": True}]
+
+
+def test_what_was_measured_is_not_due_again(tmp_path):
+    todo = list(gpu_visit.due(visit(tmp_path), []))
+    assert len(todo) == len(RUNGS) * len(CASES)
+    assert [c.name for _, c in todo[: len(RUNGS)]] == [CASES[0].name] * len(RUNGS)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(
+        json.dumps({"rung": RUNGS[0].name, "case": {"name": CASES[0].name}, "ok": False})
+        + '\n{"rung": "cut o'
+    )
+    left = list(gpu_visit.due(visit(tmp_path), gpu_visit.rows_of(rows)))
+    assert left == todo[1:]
+
+
+def test_a_row_that_this_visit_has_no_time_for_is_left_for_the_next(tmp_path, monkeypatch):
+    (tmp_path / "models.json").write_text("{}")
+    asked = []
+
+    def one_row(visit, rung, case, place, limit):
+        asked.append((rung.name, limit))
+        if len(asked) == 3:
+            return {"rung": rung.name, "case": {"name": case.name}, "ok": False, "failed": "time"}
+        return {"rung": rung.name, "case": {"name": case.name}, "ok": False, "failed": "why"}
+
+    monkeypatch.setattr(gpu_visit, "one_row", one_row)
+    assert gpu_visit.ladder(visit(tmp_path, 100.0, limit_s=400.0)) is None
+    assert [name for name, _ in asked] == [r.name for r in RUNGS[:3]]
+    assert all(limit <= 100 for _, limit in asked)
+    assert len(gpu_visit.rows_of(tmp_path / "rows.jsonl")) == 2, "the third is due again"
+    assert gpu_visit.ladder(visit(tmp_path, 20.0)) is None, "nothing is begun in the last seconds"
+    # with time enough a row that takes too long is a row
+    assert gpu_visit.ladder(visit(tmp_path, 1e6)) == {"rows": len(RUNGS) * len(CASES)}
+
+
+def test_a_row_never_raises(tmp_path, monkeypatch):
+    rung, case = RUNGS[0], CASES[0]
+
+    def late(*_, **options):
+        raise subprocess.TimeoutExpired("row", options["timeout"])
+
+    monkeypatch.setattr(subprocess, "run", late)
+    row = gpu_visit.one_row(visit(tmp_path), rung, case, {}, 7.0)
+    assert (row["ok"], row["failed"], row["limit_s"]) == (False, "time", 7.0)
+
+    def killed(*_, **options):
+        assert options["env"].get("SDENGINE_TORCH") == rung.env.get("SDENGINE_TORCH")
+        return subprocess.CompletedProcess([], -9, "half a li", "one\ntwo\n")
+
+    monkeypatch.setattr(subprocess, "run", killed)
+    row = gpu_visit.one_row(visit(tmp_path), rung, case, {}, 7.0)
+    assert row["failed"] == "status -9: one / two"
+    assert json.loads(json.dumps(row))["request"]["steps"] == 20
+
+
+def test_stages_are_done_once_and_the_report_holds_them(tmp_path, monkeypatch):
+    done = []
+    for name in ("about", "models", "tests"):
+        monkeypatch.setattr(gpu_visit, name, lambda v, n=name: (done.append(n), {"stage": n})[1])
+    monkeypatch.setattr(gpu_visit, "ladder", lambda v: None)
+    arguments = ["--out", str(tmp_path), "--budget", "100"]
+    assert gpu_visit.main(arguments) == 3, "time was up"
+    assert gpu_visit.main(arguments) == 3
+    assert done == ["about", "models", "tests"]
+    assert gpu_visit.main(["tests", *arguments]) == 0
+    assert done == ["about", "models", "tests", "tests"], "asked for by name: done again"
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert (found["about"], found["rows"]) == ({"stage": "about"}, [])
+    assert gpu_visit.main(["report", *arguments]) == 0
+
+
+@pytest.mark.export
+def test_a_rehearsed_row(tmp_path):
+    """The embedded model through torch's GPU backend on the processor, and its agreement."""
+    job = {
+        "backend": "torch-cuda", "precision": "f32", "options": {}, "runs": 1, "rehearse": True,
+        "request": gpu_visit.REHEARSED[0].request(), "label": "one", "reference": "one",
+        "models": {"bundle": str(gpu_visit.ROOT / "models" / "emoji")}, "folder": str(tmp_path),
+    }  # fmt: skip
+    row = gpu_row.ours(job)
+    assert row["total_s"]["n"] == 1
+    assert row["enqueue_s"]["n"] == 1, "two steps, one gap"
+    assert 0 < row["step_s"] < row["total_s"]["most"]
+    assert row["picture"].shape == (64, 64, 3)
+    np.save(tmp_path / "one.npy", row["picture"])
+    assert gpu_row.agreement(row["picture"], tmp_path, "one") is None, "equal"
+    other = row["picture"].astype(int) + 1
+    assert gpu_row.agreement(other, tmp_path, "one") == pytest.approx(48.13, abs=0.01)
+
+
+def test_a_row_that_fails_says_why(tmp_path, monkeypatch, capsys):
+    import io
+
+    job = {"backend": None, "folder": str(tmp_path), "models": {"diffusers": None}}
+    monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps(job)))
+    monkeypatch.setattr(gpu_row, "diffusers", lambda job: {}["x"])
+    assert gpu_row.main() == 0
+    assert json.loads(capsys.readouterr().out) == {"ok": False, "failed": "KeyError: 'x'"}
+
+
+def shell(*arguments, **env):
+    return subprocess.run(
+        ["bash", str(SCRIPT), *map(str, arguments)], env={**os.environ, **env}, text=True,
+        capture_output=True, check=False,
+    )  # fmt: skip
+
+
+def test_large_wheels_travel_in_pieces(tmp_path):
+    wheels, packed = tmp_path / "wheels", tmp_path / "packed"
+    wheels.mkdir()
+    large = np.random.default_rng(0).bytes(250_000)
+    (wheels / "large-1.whl").write_bytes(large)
+    (wheels / "small-1.whl").write_bytes(b"small")
+    assert shell("pack", wheels, packed, PIECE="100000").returncode == 0
+    assert sorted(p.name for p in packed.iterdir()) == [
+        "large-1.whl.part000", "large-1.whl.part001", "large-1.whl.part002", "large-1.whl.sha256",
+        "small-1.whl",
+    ]  # fmt: skip
+    assert max(p.stat().st_size for p in packed.iterdir()) <= 100_000
+    assert shell("join", packed).returncode == 0
+    joined = (packed / "large-1.whl").read_bytes()
+    assert hashlib.sha256(joined).digest() == hashlib.sha256(large).digest()
+    assert shell("join", packed).returncode == 0, "again is no harm"
+    (packed / "large-1.whl").unlink()
+    (packed / "large-1.whl.part001").unlink()
+    failed = shell("join", packed)
+    assert failed.returncode == 1
+    assert "large-1.whl is not whole: a piece is missing" in failed.stderr
+    assert not (packed / "large-1.whl").exists()
+
+
+def test_without_a_word_it_says_how():
+    said = shell()
+    assert said.returncode == 2
+    assert "gpu_visit.sh pack WHEELS OUT" in said.stdout
