@@ -29,6 +29,7 @@ from ..engine.weights import read_tensors
 from . import conditions
 from .components import Part
 from .conditions import Conditions, resized
+from .modules.ops import fused_attention
 from .weights_file import read_weights
 
 STEPS = 6
@@ -149,7 +150,8 @@ def free_memory() -> None:
 
 def run(part: Part, network: nn.Module, name: str, feeds: Feeds) -> Case:
     """One pass of a network with one output, its deep features beside that."""
-    with torch.inference_mode():
+    # Whole attention matrices of a UNet at 768x768 are 3.4 GB each, in float32.
+    with torch.inference_mode(), fused_attention():
         given = {k: torch.from_numpy(v) for k, v in feeds.items()}
         features: dict[int, Tensor] = {}
         if part.features:
