@@ -68,6 +68,10 @@ def create_app(config: Config) -> FastAPI:
     app.state.urls = Urls(config.keep_s, config.keep_bytes)
     for module in (health, jobs_api, sdapi, sdapi_extras, openai_api):
         app.include_router(module.router)
+    if config.ui:
+        from .ui import mount  # Gradio takes seconds to import
+
+        mount(app, parts)
     app.add_exception_handler(SdengineError, _expected)
     app.add_exception_handler(RequestValidationError, _misshapen)
     app.add_exception_handler(HTTPException, _http)
