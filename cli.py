@@ -554,6 +554,21 @@ def export(
     safety_threshold: Annotated[
         float | None, typer.Option(help="From this probability on it objects, 0..1.")
     ] = None,
+    sm: Annotated[
+        str | None,
+        typer.Option(help="Compute capabilities to build for, with commas: 86,89,120 (trt-rtx)."),
+    ] = None,
+    shapes: Annotated[
+        str | None, typer.Option(help="Picture sizes to build engines for: 512x512,768x768.")
+    ] = None,
+    batch: Annotated[str | None, typer.Option(help="Pictures in one call: 1,4 (trt-rtx).")] = None,
+    halves: Annotated[
+        str | None, typer.Option(help="Of guidance in one call: 2, 1 or 2,1 (trt-rtx).")
+    ] = None,
+    dynamic: Annotated[
+        bool, typer.Option("--dynamic", help="One engine for the whole range (trt-rtx).")
+    ] = False,
+    jobs: Annotated[int | None, typer.Option(help="Engines built at once (trt-rtx).")] = None,
     ema: Annotated[bool | None, typer.Option("--ema/--no-ema", help="Which weights.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace what is at --out.")] = False,
     as_json: Json = False,
@@ -568,9 +583,16 @@ def export(
             hint=f"name a folder: sdengine export {checkpoint} --out {checkpoint.stem}",
         )
     place = checkpoint if out is None else out
-    from .export import export_bundle, open_checkpoint
+    from .export import add_nvidia, export_bundle, nvidia_ask, open_checkpoint
 
     precisions = None if precision is None else precision.split(",")
+    nvidia, ask = nvidia_ask(target or (), sm, shapes, batch, halves, dynamic, jobs)
+    if nvidia:
+        target = [t for t in target or () if t not in nvidia] or None
+    added = bool(nvidia) and target is None and out is None  # to a bundle, and nothing else
+    typed = _given(precisions=precisions)
+    if nvidia and target is None:
+        precisions = None  # those are for NVIDIA: the bundle is proved in its own
     how = _given(prediction=prediction, config=config, ema=ema, embedding_stats=embedding_stats)
     what = _given(
         targets=target, precisions=precisions, name=name, licence=licence, cuts=_cuts(cuts)
@@ -594,12 +616,16 @@ def export(
         )
     with _progress(quiet) as report:
         bundle = place
-        if looks is None or what or not (place / MANIFEST).is_file():
+        if not added and (looks is None or what or not (place / MANIFEST).is_file()):
             found = open_checkpoint(
                 checkpoint, **how, progress=lambda done, total: report("reading", done, total)
             )
             bundle = export_bundle(
                 found, place, **what, force=force, progress=lambda at, done: report(at, done, 1.0)
+            )
+        if nvidia:
+            add_nvidia(
+                bundle, nvidia, ask=ask, **typed, progress=lambda at, done: report(at, done, 1.0)
             )
         if looks is not None:
             from .export import add_classifier
@@ -637,6 +663,17 @@ def _search(bundle: Path, minutes: float, what: Mapping[str, Any], quiet: bool) 
 def inspect(
     what: Annotated[str, typer.Argument(help="A bundle, an embedded model's name, or a picture.")],
     verify: Annotated[bool, typer.Option("--verify", help="Compute every hash again.")] = False,
+    between: Annotated[
+        str | None,
+        typer.Option("--compare", help="Two ways, value by value: onnxruntime:f32,trt:f16."),
+    ] = None,
+    graph: Annotated[str, typer.Option(help="What is compared: unet/full, unet/deep.")] = "unet",
+    inputs: Annotated[
+        Path | None, typer.Option(help="For it: the inputs.npz of a parity failure.")
+    ] = None,
+    least: Annotated[
+        float, typer.Option(help="For it: values further apart than this have parted, in dB.")
+    ] = 40.0,
     as_json: Json = False,
 ) -> None:
     """Show what is in a bundle, or what a picture says of its making."""
@@ -649,6 +686,12 @@ def inspect(
     from .engine.describe import bundle_facts, bundle_lines, preset_lines
 
     bundle, presets = open_bundle(path, verify=verify), preset_quality(path)
+    if between is not None:
+        from .export import compared, shown
+
+        found = compared(bundle, between, graph, inputs, least)
+        _print_json(found) if as_json else typer.echo("\n".join(shown(found)))
+        return
     if as_json:
         _print_json({**bundle_facts(bundle), "verified": verify, "presets": presets})
         return

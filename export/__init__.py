@@ -9,26 +9,37 @@ from typing import TYPE_CHECKING, Any
 from ..engine.errors import MissingExtra
 
 if TYPE_CHECKING:
+    from .asked import nvidia_ask
     from .checkpoint import fingerprint, open_checkpoint
     from .classifier import open_classifier
+    from .compare import compared, shown
+    from .nvidia import add_nvidia
     from .run import add_classifier, add_target, export_bundle
 
 __all__ = [
     "add_classifier",
+    "add_nvidia",
     "add_target",
+    "compared",
     "export_bundle",
     "fingerprint",
+    "nvidia_ask",
     "open_checkpoint",
     "open_classifier",
+    "shown",
 ]
 
 _HOMES = {
     "add_classifier": "run",
+    "add_nvidia": "nvidia",
     "add_target": "run",
+    "compared": "compare",
     "export_bundle": "run",
     "fingerprint": "checkpoint",
+    "nvidia_ask": "asked",
     "open_checkpoint": "checkpoint",
     "open_classifier": "classifier",
+    "shown": "compare",
 }
 # import name -> distribution
 PACKAGES = {

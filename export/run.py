@@ -247,9 +247,13 @@ def _of_classifier(file: str) -> bool:
 
 
 def _twin_files(bundle: Bundle) -> set[str]:
-    """Files of quantised networks, as the manifest spells them: they are written anew."""
-    twins = [t for c in bundle.components.values() for t in c.quantised.values()]
+    """Files of quantised networks, as the manifest spells them: they are written anew; and what was
+    made of them, typed graphs and engines, goes."""
+    parts = bundle.components.values()
+    typed = [c.typed["int8"] for c in parts if "int8" in c.typed]
+    twins = [*(t for c in parts for t in c.quantised.values()), *typed]
     files = [f for t in twins for f in (t.weights, *(g.path for g in t.graphs.values()))]
+    files += [e.path for t in typed for e in t.engines]
     return {f.relative_to(bundle.path).as_posix() for f in files}
 
 
@@ -258,9 +262,14 @@ def _describe_twins(
 ) -> None:
     """Put the quantised networks of `components`, written to `folder`, into the manifest."""
     content["files"] = {n: f for n, f in content["files"].items() if n not in replaced}
+    for target in content["targets"].values():
+        target["files"] = [f for f in target["files"] if f not in replaced]
+        if "engines" in target:
+            target["engines"] = [e for e in target["engines"] if e["file"] not in replaced]
     for name, component in components.items():
         entry = content["components"][name]
         entry["quantised"] = {}
+        entry.get("typed", {}).pop("int8", None)
         for precision, twin in component.quantised.items():
             described = _described(folder, twin)
             entry["quantised"][precision] = {

@@ -33,6 +33,10 @@ def nothing(folder: Path, components: Mapping[str, Component]) -> tuple[Path, ..
 
 def get(name: str) -> Recipe:
     """Raises UnknownName."""
+    if name == "trt":
+        from . import tensorrt
+
+        return tensorrt.RECIPE
     from . import onnxruntime, openvino, torch
 
     known = {r.name: r for r in (openvino.RECIPE, onnxruntime.RECIPE, torch.RECIPE)}

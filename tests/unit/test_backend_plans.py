@@ -224,3 +224,37 @@ def test_the_place_of_an_engine_tells_what_it_is() -> None:
         "targets/trt-rtx/sm120/unet/deep.bf16.B1_2_8-w64.engine"
     )
     assert Engine("trt-rtx", "deep", Path("x"), 120, dims, VERSION, "0") is not None
+
+
+def test_quantising_anew_drops_what_was_made_of_the_old_network(tmp_path: Path) -> None:
+    """Typed int8 graphs and their engines go; those in float16 stay."""
+    pytest.importorskip("torch")
+    from sdengine.export.run import _describe_twins, _twin_files
+
+    folder = write(tmp_path / "b", engine(), engine(precision="int8", file="targets/x.engine"))
+    made = json.loads((folder / "manifest.json").read_text())
+    unet = made["components"]["unet"]
+    quantised = {n: {**g, "file": f"unet/int8/{n}.onnx"} for n, g in unet["graphs"].items()}
+    typed = {n: {**g, "file": f"unet/int8/{n}.int8.onnx"} for n, g in unet["graphs"].items()}
+    files = {g["file"]: b"graph" for g in (*quantised.values(), *typed.values())}
+    files["unet/int8/weights.safetensors"] = tiny.WEIGHTS
+    (folder / "unet/int8").mkdir()
+    for name, raw in files.items():
+        (folder / name).write_bytes(raw)
+    made["files"] |= tiny.listing(files)
+    weights = "unet/int8/weights.safetensors"
+    sources = (made["files"][unet["weights"]]["sha256"], made["files"][weights]["sha256"])
+    for key, graphs, source in zip(
+        ("quantised", "typed"), (quantised, typed), sources, strict=True
+    ):
+        entry = {"graphs": graphs, "weights": weights, "source": source, "recipe": {}}
+        unet.setdefault(key, {})["int8"] = entry
+    tiny.write_manifest(folder, made)
+    bundle = open_bundle(folder)
+    replaced = _twin_files(bundle)
+    assert replaced == {*files, "targets/x.engine"}
+    _describe_twins(made, folder, {"unet": bundle.components["vae_decoder"]}, replaced)
+    assert list(unet["typed"]) == ["f16"]
+    assert made["targets"]["trt-rtx"]["files"] == [engine()["file"]]
+    assert [e["precision"] for e in made["targets"]["trt-rtx"]["engines"]] == ["f16"]
+    assert not replaced & set(made["files"])
