@@ -86,6 +86,24 @@ def serve(
     precision: Annotated[str | None, typer.Option(help="Of the arithmetic.")] = None,
     threads: Annotated[int | None, typer.Option(help="Processor threads.")] = None,
     preset: Annotated[str | None, typer.Option(help="Whose precision is taken.")] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            help="Serve from a Ray cluster: its address, auto, or local for one on this machine."
+        ),
+    ] = None,
+    replicas: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --ray: at most; without it, as many as there is room for."),
+    ] = None,
+    worker_cpus: Annotated[
+        float | None,
+        typer.Option(min=0, help="With --ray: of a replica; without it, all of a Ray node."),
+    ] = None,
+    worker_gpus: Annotated[
+        float | None,
+        typer.Option(min=0, help="With --ray: of a replica; without it, one where there are any."),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say less.")] = False,
 ) -> None:
     """Answer over HTTP, as AUTOMATIC1111 and OpenAI do; docs/serve.md has it all.
@@ -107,14 +125,18 @@ def serve(
     limits = Limits(
         body=max_body * 2**20, pixels=max_pixels, pictures=max_pictures, steps=max_steps
     )
-    run(
-        Config(
-            models=named(places, found), tokens=tokens, host=host, port=port, queue=queue,
-            workers=workers, batch=batch, memory=None if memory is None else int(memory * GIB),
-            deadline_s=deadline, hang_s=hang, grace_s=grace, ui=ui, limits=limits,
-            engine=Engine(backend, precision, threads, preset),
-        )
+    config = Config(
+        models=named(places, found), tokens=tokens, host=host, port=port, queue=queue,
+        workers=workers, batch=batch, memory=None if memory is None else int(memory * GIB),
+        deadline_s=deadline, hang_s=hang, grace_s=grace, ui=ui, limits=limits,
+        engine=Engine(backend, precision, threads, preset),
     )  # fmt: skip
+    if ray is not None:
+        from . import ray_serve
+
+        ray_serve.run(config, ray, worker_cpus, worker_gpus, replicas)
+        return
+    run(config)
 
 
 def run(config: Config) -> None:
