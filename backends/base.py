@@ -14,7 +14,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -28,7 +28,15 @@ from ..engine.errors import (
     SessionClosed,
 )
 from ..engine.ports import Array, Probe
-from ..engine.spec import Component, ComponentSpec, Graph, Profile, named_dims, signature
+from ..engine.spec import (
+    Component,
+    ComponentSpec,
+    Graph,
+    Profile,
+    is_band,
+    named_dims,
+    signature,
+)
 from .guard import Guard
 
 Run = Callable[[Mapping[str, Array]], dict[str, Array]]
@@ -48,6 +56,15 @@ class Compiled(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class Resting(Protocol):
+    """A compiled graph that keeps memory between calls, and can do without."""
+
+    def rest(self) -> None:
+        """Let go of it: no callable is open. The next call takes it anew."""
+        ...
 
 
 class GraphBackend(ABC):
@@ -287,10 +304,14 @@ class GraphSession:
             raise self._failed(error) from error
 
     def close(self) -> None:
-        """May be called again, and after the network was closed."""
+        """May be called again, and after the network was closed. A piece of a network that was cut
+        at its norms gives back the memory of its calls: there are many, and one runs at a time."""
         if self._owner:
             self._network.close()
         self.drop()
+        part = self._network.compiled.get(self._runs)
+        if is_band(self._runs) and isinstance(part, Resting):
+            part.rest()
 
     def drop(self) -> None:
         self._run = None

@@ -7,6 +7,7 @@ unet           the exact denoiser for one picture: every right sampler, from any
                c, which its shallow graphs take in the place of the text's
 vae_decoder    the first three channels, squashed by tanh, every value a square of pixels
 vae_encoder    its inverse
+               in bands, both do so in their last band; those before it hand the cells on
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import numpy as np
 
 from ..engine.errors import BackendError
 from ..engine.ports import Array, Probe
-from ..engine.spec import Component, Graph, Profile, TensorSpec
+from ..engine.spec import Component, Graph, Profile, TensorSpec, is_band
 from .base import GraphBackend, Run
 
 Answer = Callable[[Mapping[str, Array], Graph], list[Array]]  # in the order of graph.outputs
@@ -64,6 +65,8 @@ class Fake(GraphBackend):
             "vae_decoder": _decode,
         }
         name = component.spec.name
+        if is_band(graph.name):
+            answers[name] = _band
         if name not in answers:
             raise BackendError(
                 f"fake has no answers for {name!r}", hint=f"it has {', '.join(answers)}"
@@ -152,6 +155,33 @@ def _text(feeds: Mapping[str, Array], graph: Graph) -> list[Array]:
 def _decode(feeds: Mapping[str, Array], graph: Graph) -> list[Array]:
     colours = np.tanh(feeds["latent"][:, :3])
     return [colours.repeat(FACTOR, axis=2).repeat(FACTOR, axis=3)]
+
+
+def _band(feeds: Mapping[str, Array], graph: Graph) -> list[Array]:
+    """The picture's channels among the map's; a side twice or half as large where it is to be."""
+    given, last = graph.inputs[0], graph.outputs[0]
+    x = feeds[given.name]
+    if last.name == "image":
+        return [np.tanh(x[:, :3])]
+    if last.name == "moments":
+        mean = np.arctanh(x[:, :3].clip(-0.999, 0.999))
+        mean = _channelled(mean, _channels(graph) // 2)
+        return [np.concatenate([mean, np.full_like(mean, CERTAIN)], axis=1)]
+    if given.shape[2] != last.shape[2]:
+        x = _halved(x) if last.shape[2] == "h" else x.repeat(2, axis=2).repeat(2, axis=3)
+    return [_channelled(x, _size(t, 1)) for t in graph.outputs]
+
+
+def _halved(x: Array) -> Array:
+    batch, channels, height, width = x.shape
+    return np.asarray(x.reshape(batch, channels, height // 2, 2, width // 2, 2).mean(axis=(3, 5)))
+
+
+def _channelled(x: Array, channels: int) -> Array:
+    """With so many channels: the first ones, or zeros behind them."""
+    made = np.zeros((len(x), channels, *x.shape[2:]), np.float32)
+    made[:, : x.shape[1]] = x[:, :channels]
+    return made
 
 
 def _encode(feeds: Mapping[str, Array], graph: Graph) -> list[Array]:

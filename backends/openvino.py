@@ -202,6 +202,9 @@ class OpenVINOGraph:
 
         return run
 
+    def rest(self) -> None:
+        self._compiled.release_memory()
+
     def close(self) -> None:
         self._compiled = None
         self._blob = None

@@ -17,7 +17,7 @@ from weakref import WeakValueDictionary
 
 from ..engine.errors import BackendError, CorruptPart
 from ..engine.ports import Array, Probe
-from ..engine.spec import Component, Graph, Precision, Profile, cut_of
+from ..engine.spec import Component, Graph, Precision, Profile, cut_of, is_band
 from . import machine
 from .base import Compiled, GraphBackend, Run, first_line
 
@@ -163,11 +163,26 @@ def plain_answer(module: Any, graph: Graph) -> Answer:
         features = feeds.pop(cached)
         return {output: module.shallow(**feeds, features=features, cut=cut_of(cached))}
 
+    if is_band(kind):
+        return _band(module, kind, [output, *further])
     if kind == "deep":
         return deep
     if kind.startswith("shallow"):
         return shallow
     return lambda **feeds: {output: module(**feeds)}
+
+
+def _band(module: Any, name: str, outputs: list[str]) -> Answer:
+    """A piece of the network, on the weights of the whole."""
+    from ..export.modules.bands import bands
+
+    band = next(b for b in bands(module) if b.name == name).module
+
+    def answer(**feeds: Tensor) -> dict[str, Tensor]:
+        made = band(**feeds)
+        return dict(zip(outputs, made if isinstance(made, tuple) else (made,), strict=True))
+
+    return answer
 
 
 def _builder(component: str) -> tuple[str, Callable[[Mapping[str, Any]], nn.Module]]:

@@ -34,6 +34,7 @@ from .spec import (
     Graph,
     Precision,
     TensorSpec,
+    is_band,
     named_dims,
 )
 from .weights import read_header
@@ -718,6 +719,43 @@ def _check_signature(name: str, part: _Component) -> None:
         {t.name: t for t in part.outputs},
     )
     _check_cut(where, part)
+    _check_bands(where, part)
+
+
+def _check_bands(where: str, part: _Component) -> None:
+    """The pieces lead from what the component takes to what it gives: each finds, in its channels,
+    what those before it left (docs/bundle-format.md)."""
+    found = {name for name in part.graphs if is_band(name)}
+    if not found:
+        return
+    outer = [f"outer{k}" for k in range(len(found) - 1)]
+    if found != {"inner", *outer} or not outer:
+        fields.refuse(
+            f"{where}.graphs", f"inner and outer0 to outer{len(found) - 2}", sorted(found)
+        )
+    begins = part.graphs["inner"].inputs == part.inputs
+    taken, given = part.inputs[0], part.outputs[0]
+    held = {(taken.name if begins else "x"): _channels(taken)}
+    statistics = False
+    for name in ["inner", *outer] if begins else [*outer, "inner"]:
+        graph = part.graphs[name]
+        takes, makes = ({t.name: _channels(t) for t in ts} for ts in (graph.inputs, graph.outputs))
+        takes.pop("statistics" if statistics else "", None)
+        if odd := [n for n, channels in takes.items() if held.get(n) != channels]:
+            here = ", ".join(f"{n} of {c} channels" for n, c in held.items())
+            more = " and statistics" if statistics else ""
+            fields.refuse(f"{where}.graphs.{name}.inputs", f"some of {here}{more}", odd)
+        if "h" in makes:
+            held = {**({"skip": held["x"]} if "x" in held else {}), **makes}
+        elif "seen" not in makes:
+            held = makes
+        statistics = name != "inner"
+    if held != {given.name: _channels(given)}:
+        fields.refuse(f"{where}.graphs", f"pieces that end at {given}", list(held))
+
+
+def _channels(tensor: TensorSpec) -> Dim | None:
+    return tensor.shape[1] if len(tensor.shape) > 1 else None
 
 
 def _check_cut(where: str, part: _Component) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +18,7 @@ from .images import Pixels
 from .inputs import open_picture
 from .metadata import read_metadata
 from .request import Timings
-from .spec import Component
+from .spec import Component, is_band
 from .weights import read_header
 
 
@@ -133,10 +134,34 @@ def _component_lines(
             *(
                 (n, f"{size(g['bytes'])}, sha256 {g['sha256'][:16]}")
                 for n, g in part["graphs"].items()
+                if not is_band(n)
             ),
-            *(("parity", _parity(r)) for r in parity),
+            *_bands_line(part["graphs"]),
+            *(("parity", _parity(r)) for r in _worst_bands(parity)),
         ]
     )
+
+
+def _bands_line(graphs: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """All pieces of a network that was cut at its norms, in one line."""
+    found = [g for n, g in graphs.items() if is_band(n)]
+    if found:
+        yield "bands", f"{len(found)} graphs, {size(sum(g['bytes'] for g in found))}, for tiles"
+
+
+def _worst_bands(records: Iterable[ParityRecord]) -> list[ParityRecord]:
+    """The records; of a network's pieces the worst alone, on each runtime in each precision."""
+    records = list(records)
+    worst: dict[tuple[str, str, str], ParityRecord] = {}
+    for r in records:
+        key = (r.component, r.runtime, r.precision)
+        if is_band(r.graph) and (key not in worst or _db(r) < _db(worst[key])):
+            worst[key] = r
+    return [r for r in records if not is_band(r.graph)] + list(worst.values())
+
+
+def _db(record: ParityRecord) -> float:
+    return math.inf if record.psnr_db is None else record.psnr_db
 
 
 def _parity(r: ParityRecord) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from . import images, latents, metadata, safety, watermark
+from . import images, metadata, safety, watermark
 from .images import Pixels
 from .inputs import paste
 from .ports import Array
@@ -53,8 +53,7 @@ class Finisher:
     def __call__(self, index: int, latent: Array) -> Picture:
         """Picture number `index` of the run."""
         work, request = self.work, self.work.request
-        decoded = latents.decode(work.open, latent, work.facts.latent.scale, work.tile)
-        pixels = self._pasted(work.canvas.crop(images.to_uint8(decoded)))
+        pixels = self._pasted(work.canvas.crop(images.to_uint8(work.decode(latent))))
         verdict = safety.judge(Image.fromarray(pixels), request.safety, work.open, self.classifier)
         if verdict.objected or verdict.word == safety.NONE:
             self._warn(f"safety: {verdict.word}")

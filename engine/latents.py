@@ -5,8 +5,11 @@ checked by  tests/unit/test_tiles.py, tests/contract/test_tiling.py (golden case
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
+from . import bands
 from .guidance import Open
 from .ports import Array, Floats
 from .tiles import Grid, Mosaic
@@ -14,14 +17,25 @@ from .tiles import Grid, Mosaic
 CLIP = (-30.0, 20.0)  # of the log-variance: reference-spec 1.9, beyond it exp() means nothing
 
 
-def decode(open_session: Open, latent: Array, scale: float, tile: int | None = None) -> Floats:
+def decode(
+    open_session: Open,
+    latent: Array,
+    scale: float,
+    tile: int | None = None,
+    cut: Sequence[str] = (),
+) -> Floats:
     """One latent, float32 [C, h, w] with the scale in it -> picture [3, H, W], about -1..1.
 
     tile        side of a tile in latent cells; None decodes the whole at once
+    cut         names of the decoder's bands, with which tiles give what the whole gives; without
+                them each tile is a picture of its own, and they are blended
     """
+    if cut and tile is not None and tile < max(latent.shape[1:]):
+        ready = latent / latent.dtype.type(scale)
+        return bands.run(open_session, "vae_decoder", cut, ready, tile, latent.shape[1])
     grid = Grid.over(latent.shape[1], latent.shape[2], tile)
     dims = {"B": 1, "h": grid.rows.side, "w": grid.columns.side}
-    session = open_session("vae_decoder", dims)
+    session = open_session("vae_decoder", dims).graph("full")
     mosaic = None
     for window in grid.windows():
         part = latent[(slice(None), *window)][None] / latent.dtype.type(scale)
@@ -37,16 +51,25 @@ def decode(open_session: Open, latent: Array, scale: float, tile: int | None = N
     return mosaic.result
 
 
-def encode(open_session: Open, pixels: Array, factor: int, tile: int | None = None) -> Floats:
+def encode(
+    open_session: Open,
+    pixels: Array,
+    factor: int,
+    tile: int | None = None,
+    cut: Sequence[str] = (),
+) -> Floats:
     """One picture, float32 [3, H, W] in -1..1 -> moments [2C, h, w]: mean, then log-variance.
 
     factor      pixels a latent cell, on each side; H and W are multiples of it
     tile        side of a tile in latent cells; None encodes the whole at once
+    cut         names of the encoder's bands, as for `decode`
     """
     height, width = (n // factor for n in pixels.shape[1:])
+    if cut and tile is not None and tile < max(height, width):
+        return bands.run(open_session, "vae_encoder", cut, pixels, tile, height)
     grid = Grid.over(height, width, tile)
     dims = {"B": 1, "H": grid.rows.side * factor, "W": grid.columns.side * factor}
-    session = open_session("vae_encoder", dims)
+    session = open_session("vae_encoder", dims).graph("full")
     mosaic = None
     for window in grid.windows():
         part = pixels[(slice(None), *_times(window, factor))][None]

@@ -47,7 +47,7 @@ class Setting:
     def work(self, open_session: Open, statistics: Statistics) -> Work:
         return Work(
             self.facts, self.request, self.given, open_session, self.table, self.canvas,
-            self.mask, self.plan.vae_tile, statistics,
+            self.mask, self.plan.vae_tile, statistics, self.plan.cuts,
         )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ facts only; nothing here opens a file or touches an engine library.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ DType = Literal["float32", "int64"]
 Precision = Literal["f32", "bf16", "f16", "int8"]
 
 DTYPES: tuple[str, ...] = ("float32", "int64")
+BAND = re.compile(r"inner|outer\d+")
 PRECISIONS: tuple[str, ...] = ("f32", "bf16", "f16", "int8")
 
 
@@ -59,11 +61,12 @@ def named_dims(tensors: Iterable[TensorSpec]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Graph:
-    """One ONNX file of a component: `full`, `prologue`, `deep`, `shallow<k>`.
+    """One ONNX file of a component: `full`, `prologue`, `deep`, `shallow<k>`, `inner`, `outer<k>`.
 
     A prologue computes, once per prompt, what the other graphs take as further inputs: tensors of
     the same names appear in its `outputs` and in their `inputs`. `deep` is `full` that also gives
-    `features<k>`, and `shallow<k>` takes them in the place of all that lies below skip k.
+    `features<k>`, and `shallow<k>` takes them in the place of all that lies below skip k. `inner`
+    and `outer<k>` are the network in pieces, which run one after the other: see engine/bands.py.
 
     macs    multiply-adds of one picture's half at the model's native size; None: not counted
     """
@@ -134,13 +137,31 @@ def cut_of(features: str) -> int:
     return int(features.removeprefix("features"))
 
 
+def is_band(graph: str) -> bool:
+    """Whether this is a piece of a network that was cut at its norms."""
+    return BAND.fullmatch(graph) is not None
+
+
+def bands_of(component: Component) -> tuple[str, ...]:
+    """Names of a network's pieces in the order in which they run; none where it was not cut."""
+    graphs = component.graphs
+    if "inner" not in graphs:
+        return ()
+    outer = tuple(f"outer{k}" for k in range(sum(map(is_band, graphs)) - 1))
+    begins = graphs["inner"].inputs == component.spec.inputs
+    return ("inner", *outer) if begins else (*outer, "inner")
+
+
 def signature(component: Component, graph: str) -> ComponentSpec:
     """What a session takes and gives that runs this graph of the component.
 
+    Of a piece of the network: its own tensors alone. Of others:
     The component's own tensors, and behind them what the graph takes and gives beside these and
     the results of the prologue: cached features. A graph that it lacks is a KeyError.
     """
     own, chosen = component.spec, component.graphs[graph]
+    if is_band(graph):
+        return ComponentSpec(own.name, chosen.inputs, chosen.outputs)
     prologue = component.graphs.get("prologue")
     given = () if prologue is None else prologue.outputs
     known = {t.name for t in (*own.inputs, *own.outputs, *given)}

@@ -15,6 +15,7 @@ from torch import nn
 from ..engine.bundle import STATISTICS, ModelFacts
 from ..engine.errors import ExportError
 from ..engine.spec import ComponentSpec, TensorSpec, features_name
+from .modules.bands import HALVES, Band, bands
 from .modules.depth import MULTIPLE, DepthConfig, DepthNetwork
 from .modules.depth import PREFIX as DEPTH
 from .modules.image_encoder import PREFIX as IMAGE
@@ -32,6 +33,11 @@ Configs = Mapping[str, Mapping[str, Any]]
 CUTS = (0,)  # each one more is a graph more to judge, and to compile
 
 
+def _whole(network: nn.Module) -> Sequence[Band]:
+    """Of a network that is not cut at its norms."""
+    return ()
+
+
 @dataclass(frozen=True)
 class Part:
     """One network of a model.
@@ -44,6 +50,7 @@ class Part:
     features    where the network can be cut: what `deep` gives and `shallow<k>` takes
     native      sizes of the step's named dimensions, for one picture of the model's own size
     beside      LDM names of tensors that lie in its weight file and are not the network's
+    bands       the network cut at its norms, for tiles: a module's bands, in order
     """
 
     spec: ComponentSpec
@@ -55,6 +62,7 @@ class Part:
     features: tuple[TensorSpec, ...] = ()
     native: Mapping[str, int] | None = None
     beside: tuple[str, ...] = ()
+    bands: Callable[[Any], Sequence[Band]] = _whole
 
     @property
     def name(self) -> str:
@@ -70,11 +78,14 @@ class Part:
         return [*(self.prefix + name for name in self.empty().state_dict()), *self.beside]
 
 
-def parts(facts: ModelFacts, configs: Configs, cuts: Sequence[int] = CUTS) -> tuple[Part, ...]:
+def parts(
+    facts: ModelFacts, configs: Configs, cuts: Sequence[int] = CUTS, tiles: bool = True
+) -> tuple[Part, ...]:
     """The networks of a model, in the order of the data: text, UNet, encoder, decoder, and the
     depth network or the image tower where `configs` has one.
 
     cuts        skips of the first level at which the UNet is cut for a feature cache
+    tiles       whether the VAE is cut at its norms, for tiles without seams
     raises      ExportError for a cut that the UNet does not have
     """
     text = TextConfig.from_ldm(configs["text"])
@@ -124,6 +135,7 @@ def parts(facts: ModelFacts, configs: Configs, cuts: Sequence[int] = CUTS) -> tu
             vae.to_dict(),
             lambda: VAEEncoder(vae),
             {"H": side, "W": side},
+            bands=bands if tiles else _whole,
         ),
         Part(
             ComponentSpec(
@@ -135,9 +147,22 @@ def parts(facts: ModelFacts, configs: Configs, cuts: Sequence[int] = CUTS) -> tu
             vae.to_dict(),
             lambda: VAEDecoder(vae),
             {},
+            bands=bands if tiles else _whole,
         ),
         *_companions(facts, configs),
     )
+
+
+def band_spec(part: Part, band: Band) -> ComponentSpec:
+    """What a band's graph takes and gives. Its maps' sides are called as those of the component's
+    own input, and what it gives in another size as those of its output."""
+    sides = part.spec.inputs[0].shape[2:]
+    others = part.spec.outputs[0].shape[2:] if band.times != 1 else sides
+    given = (_floats(n, "B", c, *sides) for n, c in band.given.items())
+    statistics = [_floats("statistics", "B", band.groups, HALVES)] if band.groups else []
+    made = (_floats(n, "B", c, *others) for n, c in band.made.items())
+    name = f"{part.name}.{band.name}"  # of the traced graph: a session has its component's
+    return ComponentSpec(name, (*given, *statistics), tuple(made))
 
 
 def _companions(facts: ModelFacts, configs: Configs) -> Iterator[Part]:

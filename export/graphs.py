@@ -1,6 +1,6 @@
 """The graphs of one component: traced, bound to weights, cleaned, split, cut; each step judged.
 
-checked by  tests/parity/test_graphs.py, tests/parity/test_cut.py
+checked by  tests/parity/test_graphs.py, tests/parity/test_cut.py, tests/parity/test_bands.py
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from pathlib import Path
 import onnx_ir as ir
 
 from ..engine.spec import Component, Graph
-from ..engine.weights import read_header
-from .components import Part
+from ..engine.weights import Stored, read_header
+from .components import Part, band_spec
 from .graph.count import multiply_adds
 from .graph.cut import cut
 from .graph.hoist import hoist
@@ -55,9 +55,21 @@ def build_graphs(part: Part, place: Place, judge: Judge) -> Component:
         judge(_saved(part, place, clean), "tidied")
     split = hoist(clean["full"], part.hoisted)
     final = clean if split is None else {"prologue": split.prologue, "full": split.rest}
-    component = _saved(part, place, {**final, **cut(final["full"], part.features)})
+    cuts = cut(final["full"], part.features)
+    component = _saved(part, place, {**final, **cuts, **_bands(part, stored)})
     judge(component, "")
     return component
+
+
+def _bands(part: Part, stored: Mapping[str, Stored]) -> Models:
+    """Graphs of the network cut at its norms, where it is to be."""
+    models = {}
+    for band in part.bands(part.empty()):
+        # A convolution of stride 2 keeps what lies at even places.
+        multiples = dict.fromkeys(("h", "w", "H", "W"), 2)
+        traced = trace(band.module, band_spec(part, band), prefix=part.prefix, multiples=multiples)
+        models[band.name] = tidy(bind_weights(traced, stored, location=WEIGHTS))
+    return models
 
 
 def _saved(part: Part, place: Place, models: Models) -> Component:

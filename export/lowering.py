@@ -25,6 +25,7 @@ from ..engine.errors import TraceError
 
 OPSET = 21
 FULL_SLICE = 2**63 - 1
+WHOLE = "network."  # a band's path to the network that it is cut from
 
 Scalar = int | float
 Size = int | ir.Value  # a dimension: known, or an int64 [1] in the graph
@@ -121,6 +122,7 @@ def module_path(node: fx.Node) -> str:
     """`input_blocks.1.0.in_layers.2`: the innermost module that the call stands in."""
     stack = node.meta.get("nn_module_stack") or {}
     path: str = list(stack.values())[-1][0] if stack else ""
+    path = path.removeprefix(WHOLE)
     return "" if path.startswith("_") else path  # torch's own placeholder for "no module"
 
 
@@ -325,6 +327,7 @@ TABLE[aten.cos.default] = _unary("Cos")
 TABLE[aten.sin.default] = _unary("Sin")
 TABLE[aten.exp.default] = _unary("Exp")
 TABLE[aten.relu.default] = _unary("Relu")
+TABLE[aten.sqrt.default] = _unary("Sqrt")
 TABLE[aten.sigmoid.default] = _unary("Sigmoid")
 
 

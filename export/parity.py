@@ -14,7 +14,7 @@ import numpy as np
 from ..engine.bundle import ParityRecord
 from ..engine.errors import ParityFailure
 from ..engine.ports import Array, Backend
-from ..engine.spec import Component, ComponentSpec, Precision, Profile, signature
+from ..engine.spec import Component, ComponentSpec, Precision, Profile, is_band, signature
 from .record import NATIVE, Case, free_memory
 
 
@@ -104,6 +104,7 @@ def judge(
         alone = _alone(component, graph)
         # The others are cut from `full`, which was judged at native size: small cases are enough.
         chosen = [c for c in cases if graph == "full" or c.name != NATIVE]
+        chosen = [c.bands[graph] for c in chosen] if is_band(graph) else chosen
         fitting = [_fitting(case, alone.spec) for case in chosen]
         records += _judge_graph(alone, graph, backend, precision, fitting, gate, stage, keep)
     return records

@@ -15,7 +15,7 @@ import gc
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +33,7 @@ from .modules.ops import fused_attention
 from .weights_file import read_weights
 
 STEPS = 6
+CORNER = 8  # latent cells
 GUIDANCE = 7.5
 SMALL_SIDE = 256  # pixels; a model of a smaller native size runs at that
 DEPTH_SIDE = 128  # pixels of the depth network's small case, a multiple of 32
@@ -50,11 +51,13 @@ class Case:
 
     name        `early`, `middle`, `late`, `prompts`, `picture`; `native` at the model's own size
     outputs     the deep features of the UNet too: a shallow graph is fed with them
+    bands       pieces of the network: what they take and give for a corner of the same picture
     """
 
     name: str
     feeds: Mapping[str, Array]
     outputs: Mapping[str, Array]
+    bands: Mapping[str, Case] = field(default_factory=dict)
 
     def dims(self, spec: ComponentSpec) -> dict[str, int]:
         """Sizes of the component's named dimensions in this case."""
@@ -160,7 +163,51 @@ def run(part: Part, network: nn.Module, name: str, feeds: Feeds) -> Case:
         else:
             result = network(**given)
     outputs = {part.spec.outputs[0].name: result.numpy()}
-    return Case(name, feeds, outputs | {features_name(k): x.numpy() for k, x in features.items()})
+    outputs |= {features_name(k): x.numpy() for k, x in features.items()}
+    return Case(name, feeds, outputs, {} if name == NATIVE else _bands(part, network, name, feeds))
+
+
+def _bands(part: Part, network: nn.Module, name: str, feeds: Feeds) -> dict[str, Case]:
+    """The pieces of a network in their order, each fed with what those before it gave.
+
+    Statistics are those of the first map that the piece before gave, over all of it.
+    """
+    cases: dict[str, Case] = {}
+    held: dict[str, Tensor] = {}
+    last = torch.empty(0)
+    for band in part.bands(network):
+        if not cases:
+            held = {n: _corner(part, torch.from_numpy(x)) for n, x in feeds.items()}
+            held = dict(zip(band.given, held.values(), strict=True))
+        given = {n: held[n] for n in band.given}
+        if band.groups:
+            given["statistics"] = _statistics(last, band.groups)
+        with torch.inference_mode():
+            results = band.module(**given)
+        results = results if isinstance(results, tuple) else (results,)
+        made = dict(zip(band.made, results, strict=True))
+        last = next(iter(made.values()))
+        if "h" in made:
+            held = {"skip": held["x"], **made}
+        elif "seen" not in made:
+            held = made
+        as_arrays = [{n: x.numpy() for n, x in xs.items()} for xs in (given, made)]
+        cases[band.name] = Case(name, *as_arrays)
+    return cases
+
+
+def _corner(part: Part, x: Tensor) -> Tensor:
+    """Of one picture, so small that the maps of all pieces fit into memory together."""
+    side = CORNER * part.multiples.get(str(part.spec.inputs[0].shape[2]), 1)
+    return x[:1, :, :side, :side].contiguous()
+
+
+def _statistics(x: Tensor, groups: int) -> Tensor:
+    """float32 [1, groups, 3]: the mean to eight bits, the rest of it, the variance."""
+    flat = x.double().reshape(groups, -1)
+    mean = flat.mean(1)
+    high = mean.bfloat16().double()
+    return torch.stack([high, mean - high, flat.var(1, correction=0)], 1)[None].float()
 
 
 def _conditions(

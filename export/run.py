@@ -57,6 +57,7 @@ def export_bundle(
     name: str | None = None,
     gates: Mapping[Precision, Gate] | None = None,
     cuts: Sequence[int] = CUTS,
+    tiles: bool = True,
     force: bool = False,
     prompts: Sequence[str] | None = None,
     progress: Report | None = None,
@@ -67,6 +68,7 @@ def export_bundle(
                 those of `precisions` that it and this machine have
     gates       what parity must reach; GATES where a precision is absent
     cuts        where the UNet is cut for a feature cache; none at all makes a smaller bundle
+    tiles       cut the VAE at its norms too, for tiles that give what the whole gives
     force       replace a bundle of another checkpoint
     prompts     what int8 is calibrated on; None: a built-in list. int8 is added to the finished
                 bundle: where its gate refuses it, the other precisions stay
@@ -91,7 +93,7 @@ def export_bundle(
                 return add_target(out, names, precisions, gates, report, prompts)
             log.info("%s was made from the same checkpoint: it stays as it is", out)
             return out
-    described = parts(facts, checkpoint.configs, cuts)
+    described = parts(facts, checkpoint.configs, cuts, tiles)
     wanted = {p.name: [checkpoint.tensors[n] for n in p.tensor_names()] for p in described}
     needed = sum(nbytes(refs) for refs in wanted.values())
     with write.partial_folder(out, needed) as folder:
@@ -169,7 +171,8 @@ def add_target(
     report: Report = progress if progress is not None else (lambda text, share: None)
     path = path.absolute()
     bundle = open_bundle(path)
-    described = parts(bundle.facts, open_checkpoint(path).configs, _cuts(bundle))
+    tiles = "inner" in bundle.component("vae_decoder").graphs
+    described = parts(bundle.facts, open_checkpoint(path).configs, _cuts(bundle), tiles)
     quantises = any(p in r.precisions for r in recipes for p in precisions if p in QUANTISED)
     proved = {n: t.precisions for n, t in bundle.targets.items()} if quantises else {}
     judging = _Judging(path, bundle.facts, recipes, precisions, {**GATES, **(gates or {})}, proved)

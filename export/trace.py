@@ -18,7 +18,7 @@ from torch.export import Dim, ExportedProgram
 
 from ..engine.errors import TraceError
 from ..engine.spec import ComponentSpec, TensorSpec
-from .lowering import OPSET, Lowering, check_known, finish_names
+from .lowering import OPSET, WHOLE, Lowering, check_known, finish_names
 
 IR_VERSION = 10  # the first one that has opset 21
 DTYPES = {
@@ -47,7 +47,7 @@ def trace(
     signature = program.graph_signature
     for node in program.graph.nodes:
         if node.op == "placeholder" and node.name in signature.inputs_to_parameters:
-            name = prefix + signature.inputs_to_parameters[node.name]
+            name = prefix + signature.inputs_to_parameters[node.name].removeprefix(WHOLE)
             shape = tuple(node.meta["val"].shape)
             weights.append(value_of(TensorSpec(name, "float32", shape)))
             lowering.env[node] = weights[-1]
@@ -65,7 +65,7 @@ def trace(
         value.name = tensor.name
         value.shape, value.type = ir.Shape(tensor.shape), ir.TensorType(DTYPES[tensor.dtype][1])
     graph = ir.Graph(
-        inputs + weights,
+        inputs + [w for w in weights if w.uses()],  # a band holds its whole network
         outputs,
         nodes=lowering.nodes,
         initializers=list(lowering.constants.values()),

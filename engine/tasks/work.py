@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -27,6 +27,7 @@ class Work:
 
     mask        what is repainted; None where the task has none
     tile        side of a VAE tile in latent cells; None: whole
+    cuts        component -> names of its bands, where tiles go by them
     statistics  mean and deviation of image embeddings, float32 [D], where the model has them
     """
 
@@ -39,6 +40,7 @@ class Work:
     mask: PlacedMask | None = None
     tile: int | None = None
     statistics: Statistics = (None, None)
+    cuts: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -52,7 +54,13 @@ class Work:
 
     def encode(self, pixels: Floats) -> Floats:
         """float32 [3, H, W] -> moments [2C, h, w]"""
-        return latents.encode(self.open, pixels, self.facts.latent.factor, self.tile)
+        cut = self.cuts.get("vae_encoder", ())
+        return latents.encode(self.open, pixels, self.facts.latent.factor, self.tile, cut)
+
+    def decode(self, latent: Array) -> Floats:
+        """[C, h, w], the scale in it -> picture [3, H, W], about -1..1"""
+        cut = self.cuts.get("vae_decoder", ())
+        return latents.decode(self.open, latent, self.facts.latent.scale, self.tile, cut)
 
     def sample(self, moments: Floats, streams: Streams) -> Floats:
         """A latent [C, h, w] from the moments, the scale in it."""
