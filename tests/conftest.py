@@ -157,7 +157,7 @@ def tiny_bundle(make_checkpoint, exported_once) -> Path:
     from sdengine.export.checkpoint import open_checkpoint
 
     def make(out: Path) -> None:
-        export_bundle(open_checkpoint(make_checkpoint("base")), out, cuts=(0, 1, 2))
+        export_bundle(open_checkpoint(make_checkpoint("base")), out, cuts=(0, 1, 2), tiles=False)
 
     return exported_once("tiny", make)
 
@@ -195,7 +195,7 @@ def variant_bundle(make_checkpoint, embedding_stats, exported_once, tmp_path_fac
             config = folder / f"{variant}.yaml"
             config.write_text(json.dumps(facts))
             checkpoint = open_checkpoint(path, config=config, embedding_stats=stats)
-            export_bundle(checkpoint, out, precisions=("f32",), cuts=())
+            export_bundle(checkpoint, out, precisions=("f32",), cuts=(), tiles=False)
 
         return exported_once(variant, make)
 

@@ -92,7 +92,7 @@ def bundle(reference, tmp_path_factory):
     index = {"_class_name": "StableDiffusionPipeline"}
     (folder / "model_index.json").write_text(json.dumps(index))
     out = folder.with_name("bundle")
-    return export_bundle(open_checkpoint(folder), out, precisions=("f32",))
+    return export_bundle(open_checkpoint(folder), out, precisions=("f32",), tiles=False)
 
 
 def test_final_latents(reference, bundle):

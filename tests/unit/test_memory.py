@@ -10,6 +10,7 @@ from sdengine.api import EMBEDDED
 from sdengine.engine import memory
 from sdengine.engine.bundle import open_bundle
 from sdengine.engine.errors import RequestError
+from sdengine.engine.spec import is_band
 
 MIB = 2**20
 
@@ -62,6 +63,41 @@ def test_the_largest_tile_that_fits_is_taken_and_said(bundle):
     assert fits <= memory.SHARE * available < more
     assert f"tiles of {chosen.vae_tile} cells" in chosen.reason
     assert "400 MiB available" in chosen.reason
+
+
+def test_bands_are_taken_where_they_fit_and_said(bundle):
+    """Whole it would take 2.3 GiB; the maps between bands take 0.6."""
+    chosen = memory.plan(bundle, 2048, 2048, 1500 * MIB)
+    assert chosen.vae_tile is not None
+    assert chosen.cuts["vae_decoder"][0] == "inner"
+    assert chosen.cuts["vae_encoder"][-1] == "inner"
+    assert memory.EXACT in chosen.reason
+    fits, more = (
+        memory.band_bytes(bundle, 256, 256, side)
+        for side in (chosen.vae_tile, chosen.vae_tile + bundle.facts.latent.multiple)
+    )
+    assert fits <= memory.SHARE * 1500 * MIB < more
+
+
+def test_where_bands_do_not_fit_tiles_are_blended_and_said(bundle):
+    chosen = memory.plan(bundle, 2048, 2048, 400 * MIB)
+    assert chosen.vae_tile is not None
+    assert not chosen.cuts
+    assert memory.BLENDED in chosen.reason
+
+
+def test_a_bundle_without_bands_blends_the_tiles_asked_for(bundle):
+    parts = {
+        name: replace(c, graphs={n: g for n, g in c.graphs.items() if not is_band(n)})
+        for name, c in bundle.components.items()
+    }
+    old = memory.plan(replace(bundle, components=parts), 1024, 512, 2**40, 32)
+    assert not old.cuts
+    assert memory.BLENDED in old.reason
+    new = memory.plan(bundle, 1024, 512, 2**40, 32)
+    assert set(new.cuts) == {"vae_decoder", "vae_encoder"}
+    assert memory.EXACT in new.reason
+    assert memory.EXACT not in memory.plan(bundle, 256, 256, 2**40, 64).reason, "one tile is none"
 
 
 def test_an_upscaler_tiles_its_unet_too(bundle):
