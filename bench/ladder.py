@@ -1,6 +1,10 @@
 """From eager float32 to the fastest way: one change a rung, each with its speed, memory, quality.
 
 A rung that fails, or is slower than the one before, stays: what did not help is a result too.
+
+    sdengine bench ladder --model BUNDLE --steps 4 --runs 1 --out ladder.json
+
+takes minutes on a full-size model: each rung loads and draws two pictures of so few steps.
 """
 
 from __future__ import annotations
@@ -36,12 +40,16 @@ class Rung:
 
 RUNGS = (
     Rung("eager", "torch, eager, float32: the yardstick", {"backend": "torch", "precision": "f32"}),
+    Rung("torch-bfloat16", "bfloat16 weights and arithmetic, still torch",
+         {"backend": "torch", "precision": "bf16"}),
     Rung("graph", "an engine instead of eager torch: ONNX Runtime",
          {"backend": "onnxruntime", "precision": "f32"}),
     Rung("compiled", "compiled for its shapes: OpenVINO",
          {"backend": "openvino", "precision": "f32"}),
     Rung("bfloat16", "bfloat16 arithmetic", {"backend": "openvino", "precision": "bf16"}),
     Rung("int8", "int8 where the bundle has it", {"backend": "openvino", "precision": "int8"}),
+    Rung("cache", "two steps of three reuse the deep features of the third",
+         {"backend": "openvino", "precision": "int8"}, {"cache": 3}),
 )  # fmt: skip
 
 
