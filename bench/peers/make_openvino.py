@@ -62,11 +62,9 @@ def main(source: Path, out: Path, precision: str) -> None:
         calibration_dataset=dataset,
         save_directory=str(out),
     )
-    for name in ("tokenizer", "scheduler", "model_index.json"):  # what genai reads beside them
-        if not (out / name).exists():
-            (shutil.copytree if (source / name).is_dir() else shutil.copy)(
-                source / name, out / name
-            )
+    for path in (source / "tokenizer").iterdir():  # genai's own tokenizer lies beside the usual one
+        if not (out / "tokenizer" / path.name).exists():
+            shutil.copy(path, out / "tokenizer" / path.name)
 
 
 if __name__ == "__main__":

@@ -37,9 +37,9 @@ def get(name: str) -> Recipe:
         from . import tensorrt
 
         return tensorrt.RECIPE
-    from . import onnxruntime, openvino, torch
+    from . import ipex, onnxruntime, openvino, torch
 
-    known = {r.name: r for r in (openvino.RECIPE, onnxruntime.RECIPE, torch.RECIPE)}
+    known = {r.RECIPE.name: r.RECIPE for r in (openvino, onnxruntime, ipex, torch)}
     if name not in known:
         raise UnknownName("target", name, known)
     return known[name]
