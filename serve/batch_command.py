@@ -117,7 +117,8 @@ def batch(
     if ray is not None:
         from .ray_batch import Cluster
 
-        named = api.DEFAULT if model is None else model
+        asked = api.DEFAULT if model is None else model
+        named = asked if asked in api.EMBEDDED else str(place.absolute())
         engine = Cluster(ray, named, bundle.id, loading, worker_cpus, worker_gpus)
     with progress(quiet) as tick:
         hooks = batches.Hooks(

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 AHEAD = 2  # runs handed to Ray for each worker: one runs, one waits
 RETRIES = 5  # machines that one run may lose
-LOCAL = "local"
 
 
 def connect(address: str) -> Any:
@@ -44,7 +43,7 @@ def connect(address: str) -> Any:
     if ray.is_initialized():
         return ray
     try:
-        ray.init(None if address == LOCAL else address, log_to_driver=False, logging_level="ERROR")
+        ray.init(address, log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise BackendUnavailable(
             f"no Ray cluster at {address}: {error}",

@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
 from sdengine import api
+from sdengine.cli import app
 from sdengine.engine.bundle import open_bundle
 from sdengine.engine.errors import (
     BackendError,
@@ -43,6 +45,7 @@ class StandIn:
     def __init__(self, *nodes: dict[str, float], broken: int = -1) -> None:
         self._nodes, self._broken = nodes, broken
         self.options: dict[str, Any] = {}
+        self.models: list[str] = []
         self.most_running, self._running, self.count = 0, 0, 0
 
     def nodes(self) -> list[dict[str, Any]]:
@@ -60,6 +63,7 @@ class StandIn:
 
             def start(*arguments: Any) -> Callable[[], Any]:
                 self._running += 1
+                self.models.append(arguments[0])
                 self.most_running = max(self.most_running, self._running)
                 arguments = pickle.loads(pickle.dumps(arguments))
                 number, self.count = self.count, self.count + 1
@@ -177,6 +181,25 @@ def test_a_machine_with_another_bundle_is_refused(
     with pytest.raises(BundleError, match="not another id") as caught:
         batch.run(wanted, tmp_path, cluster(fake_bundle, known="another id"))
     assert "the same path on each machine" in caught.value.hint
+
+
+def test_the_command_names_the_bundle_as_every_machine_finds_it(
+    on_ray: Callable[..., StandIn],
+    fake_bundle: Path,
+    write_lines: Write,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Workers have a working folder of their own."""
+    ray = on_ray({"CPU": 2.0})
+    monkeypatch.chdir(fake_bundle.parent)
+    words = ["batch", write_lines("fox", "bear"), "--out", tmp_path / "out", "--ray", "auto"]
+    options = ["--model", fake_bundle.name, "--backend", "fake", "--worker-cpus", "1", "--json"]
+    result = CliRunner().invoke(app, [*map(str, words), *options])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["made"] == 2
+    assert ray.options["num_cpus"] == 1.0
+    assert Path(ray.models[0]) == fake_bundle.absolute()
 
 
 @pytest.mark.parametrize(
