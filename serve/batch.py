@@ -109,6 +109,7 @@ def run(
         _say_what_is_there(wanted, there, out, log)
         work = jobs(wanted, there, engine.most, together)
         total = len(wanted) - len(there)
+        hooks.on_progress(0.0, total)
         for found in engine.run(work, lambda done: hooks.on_progress(done, total)) if work else ():
             if isinstance(found, Failed):
                 if not keep_going:
