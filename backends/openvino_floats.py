@@ -3,9 +3,9 @@
 Left to itself OpenVINO multiplies the time by the embedding's frequencies in bfloat16, where 999 is
 1000 and the angle of the fast waves is off by radians. It also rounds before and after every norm,
 and what goes from block to block. Guidance makes these errors up to ten times larger. Here the way
-of the time, the group norms with what stands around them, and the last convolution are marked as
-its own passes mark what they keep; convolutions, linear layers and attention stay as fast as they
-are. docs/numerics.md has the figures.
+of the time, the norms, the sums between blocks and the last convolution are marked as its own
+passes mark what they keep; convolutions, linear layers and attention stay as fast as they are.
+docs/numerics.md has the figures.
 
 checked by  tests/unit/test_openvino_floats.py
 """
@@ -17,7 +17,7 @@ from typing import Any
 
 TIME = "timestep"  # the input that tells a step's network from the others
 WAYS = {"Add", "Concat", "Interpolate", "Multiply", "Sigmoid"}  # of pictures: rank 4
-RECIPE = "time, group norms, sums, last convolution: 1"
+RECIPE = "time, norms, sums, last convolution: 2"
 # OpenVINO's attribute has no constructor in Python: it is read from a graph that has it.
 _MARKED = """<?xml version="1.0"?><net name="mark" version="11"><layers>
 <layer id="0" name="x" type="Parameter" version="opset1"><data shape="1" element_type="f32"/>
@@ -78,21 +78,22 @@ def _from(node: Any, timed: set[str]) -> bool:
 
 
 def _of_a_norm(node: Any) -> bool:
-    """A group norm: the mean of [B, groups, everything else], between two changes of shape."""
+    """The norm, and for groups the changes of shape before and after it."""
     kind = node.get_type_name()
-    if kind == "MVN":
-        return bool(_sources(node)[0].get_type_name() == "Reshape")
     if kind != "Reshape":
-        return False
+        return bool(kind == "MVN")
     after = [t.get_node().get_type_name() for t in node.output(0).get_target_inputs()]
     return "MVN" in after or _sources(node)[0].get_type_name() == "MVN"
 
 
 def _on_the_way(node: Any) -> bool:
     """Sums, skips and what scales a norm; not the way back from 8 bits."""
+    sources = _sources(node)
+    if node.get_type_name() == "Add" and not any(map(_constant, sources)):
+        return True
     if node.get_type_name() not in WAYS or node.output(0).partial_shape.rank.get_length() != 4:
         return False
-    return not any(s.get_type_name() in ("Convert", "Subtract") for s in _sources(node))
+    return not any(s.get_type_name() in ("Convert", "Subtract") for s in sources)
 
 
 def _last(node: Any) -> bool:
