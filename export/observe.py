@@ -5,7 +5,7 @@ checked by  tests/parity/test_quantize.py
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,51 +18,60 @@ from .graph.quantize import Grid
 from .record import free_memory
 
 KEPT = 8192  # values kept of each activation in each sample
+FEWEST = 16  # positions, however many channels there are
+MOST = 1 << 16  # values that a grid is fitted to
 OUTPUT_BYTES = 1 << 30  # of activations that are held at once: the graph runs once for each share
-SHARES = np.geomspace(0.25, 1.0, 33)  # of the largest value, tried as the end of a grid
+SHARES = np.geomspace(0.25, 1.0, 21)  # of the largest value, tried as the end of a grid
 
 
 @dataclass(frozen=True)
 class Seen:
-    """low, high: the extremes; values: some, evenly drawn over samples and positions."""
+    """lows, highs: the extremes of each channel, [C]; values: [n, C], at some positions, evenly
+    drawn over samples and positions."""
 
-    low: float
-    high: float
+    lows: Floats
+    highs: Floats
     values: Floats
+
+    def divided(self, by: Floats) -> Seen:
+        """Each channel divided by its own number: [C], positive."""
+        return Seen(self.lows / by, self.highs / by, self.values / by)
 
 
 def observe(
     graph: Path,
-    names: Iterable[str],
+    names: Mapping[str, int],
     samples: Sequence[Mapping[str, Array]],
     precision: str,
     report: Callable[[float], None],
 ) -> dict[str, Seen]:
     """Run the graph on every sample; returns what the activations of these names were.
 
+    names       activation -> its axis of channels
     samples     feeds of the graph; each may have its own shape
     precision   OpenVINO's INFERENCE_PRECISION_HINT
     report      called with the share that is done
     """
     ov = library()
     core = ov.Core()
-    names = list(dict.fromkeys(names))
-    lows: dict[str, float] = {}
-    highs: dict[str, float] = {}
+    lows: dict[str, Floats] = {}
+    highs: dict[str, Floats] = {}
     kept: dict[str, list[Floats]] = {n: [] for n in names}
 
     def keep(name: str, value: Floats) -> None:
-        lows[name] = min(lows.get(name, np.inf), float(value.min()))
-        highs[name] = max(highs.get(name, -np.inf), float(value.max()))
-        flat = value.reshape(-1)
-        # A stride that shares no factor with the shape visits every channel and position.
-        stride = max(1, flat.size // KEPT) | 1
-        kept[name].append(flat[::stride][:KEPT].astype(np.float32))
+        channels = value.shape[names[name]]
+        rows = np.moveaxis(value, names[name], -1).reshape(-1, channels)
+        low, high = rows.min(axis=0), rows.max(axis=0)
+        lows[name] = np.minimum(lows[name], low) if name in lows else low
+        highs[name] = np.maximum(highs[name], high) if name in highs else high
+        count = min(len(rows), max(FEWEST, KEPT // channels))
+        places = np.linspace(0, len(rows) - 1, count).round().astype(int)
+        kept[name].append(rows[places].astype(np.float32))
 
     shapes = _by_shape(samples)
     done, runs = 0, 0
     for group in shapes:
-        shares = _shares(core, graph, names, group[0])
+        shares = _shares(core, graph, list(names), group[0])
         runs = len(samples) * len(shares)
         for share in shares:
             model = core.read_model(graph)
@@ -86,13 +95,15 @@ def observe(
     return {n: Seen(lows[n], highs[n], np.concatenate(kept[n])) for n in names}
 
 
-def grid(seen: Seen, *, symmetric: bool) -> Grid:
+def grid(seen: Seen, *, symmetric: bool, weights: Floats | None = None) -> Grid:
     """The grid of least squared error on the values that were seen.
 
     symmetric   int8 about zero; else uint8 with zero among its values
+    weights     what a channel's squared error counts, [C]; None: all alike
     """
-    x = np.append(seen.values, [seen.low, seen.high]).astype(np.float64)
-    low, high = min(seen.low, 0.0), max(seen.high, 0.0)
+    x = np.vstack([seen.values[:: 1 + seen.values.size // MOST], seen.lows, seen.highs])
+    counts = np.ones(x.shape[1]) if weights is None else weights
+    low, high = min(float(seen.lows.min()), 0.0), max(float(seen.highs.max()), 0.0)
     largest = max(-low, high)
     if largest == 0:
         return Grid(1.0, None if symmetric else 0)
@@ -100,18 +111,23 @@ def grid(seen: Seen, *, symmetric: bool) -> Grid:
     for share in SHARES:
         if symmetric:
             found = Grid(float(np.float32(share * largest / 127)))
-            ends, zero = (-127, 127), 0
         else:
             scale = float(np.float32(max(share * (high - low), 1e-30) / 255))
-            zero = int(np.clip(np.rint(-share * low / scale), 0, 255))
-            found = Grid(scale, zero)
-            ends = (-zero, 255 - zero)
-        error = x - np.clip(np.rint(x / found.scale), *ends) * found.scale
-        mean = float(np.mean(error**2))
-        if best is None or mean < best[0]:
-            best = mean, found
+            found = Grid(scale, int(np.clip(np.rint(-share * low / scale), 0, 255)))
+        error = float(np.mean(rounding_error(x, found) ** 2, axis=0) @ counts)
+        if best is None or error < best[0]:
+            best = error, found
     assert best is not None, "there are shares to try"
     return best[1]
+
+
+def rounding_error(values: Floats, chosen: Grid) -> Floats:
+    """What rounding to the grid changes, in the values' own shape."""
+    zero = 0 if chosen.zero is None else chosen.zero
+    low, high = (-127, 127) if chosen.zero is None else (-zero, 255 - zero)
+    scale = np.float32(chosen.scale)
+    found: Floats = np.clip(np.rint(values / scale), low, high) * scale - values
+    return found
 
 
 def _by_shape(samples: Sequence[Mapping[str, Array]]) -> list[list[Mapping[str, Array]]]:

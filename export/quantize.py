@@ -16,7 +16,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,13 +34,23 @@ from ..engine.weights import read_header
 from .calibration import PROMPTS, record_runs
 from .containers import TensorRef, open_container
 from .graph.count import by_node
-from .graph.quantize import SCALE, Grid, Grids, Layer, layers, quantized, rounded_weight
+from .graph.quantize import (
+    SCALE,
+    Divisors,
+    Grid,
+    Grids,
+    Layer,
+    layers,
+    quantized,
+    rounded_weight,
+)
 from .graph.tools import save
 from .observe import Seen, grid, observe
 from .parity import distance
 from .record import Recording, free_memory
 from .search import SAMPLES as NOISE_SAMPLES
 from .search import measure, worst
+from .smooth import Fit, fit
 from .weights_file import write_weights
 
 log = logging.getLogger("sdengine.export")
@@ -51,6 +61,7 @@ COMPUTED = ("unet", "vae_decoder")  # the networks whose arithmetic is int8 too
 LEAST_DB = {"vae_decoder": 38.0}  # PSNR of a picture: below it, the network computes in float
 FLOOR_DB = 22.0  # signal to rounding noise of an activation: below it, its layer computes in float
 FIRST, LAST = 1, 4  # so many products at a network's ends compute in float: docs/numerics.md
+OUTPUT, SKIP, GATED = "output_blocks.", ".skip_connection", ".ff.net.2"  # of a UNet: LDM names
 QUANTISED: tuple[Precision, ...] = ("int8",)  # precisions that have weights of their own
 FLOAT_SHARE = 0.15  # of all multiply-adds, that a search may leave in float
 LARGE = 1 << 30  # bytes of weights: beyond it activations are seen in bfloat16
@@ -65,11 +76,19 @@ class Choice:
     """What was decided for one network.
 
     grids       layer -> the grids of its inputs; a layer that is absent computes in float
+    divisors    layer -> what the channels of its input are divided by; those without grids are
+                not looked at
     floats      layers whose weights stay as they were
     """
 
     grids: Grids
+    divisors: Divisors = field(default_factory=dict)
     floats: frozenset[str] = frozenset()
+
+    def without(self, floats: frozenset[str]) -> Choice:
+        """These layers in float, with the others as they are."""
+        kept = {n: g for n, g in self.grids.items() if n not in floats}
+        return Choice(kept, self.divisors, self.floats | floats)
 
 
 @dataclass(frozen=True)
@@ -143,11 +162,11 @@ def quantise(
     if name in COMPUTED:
         report(f"activations of {name}", 0.0)
         feeds = step_feeds(component, spread(samples, SAMPLES), backend)
-        grids = grids_for(component, feeds, backend, report)
+        every = fitted(component, feeds, backend, report)
         if search is not None and name == "unet":
-            choice = searched(component, folder, grids, feeds, search, report)
+            choice = searched(component, folder, every, feeds, search, report)
         else:
-            choice = by_rule(component, grids)
+            choice = by_rule(component, every)
     report(f"int8 weights of {name}", 0.7)
     twin = write_twin(component, folder / FOLDER, choice)
     if choice.grids and name in LEAST_DB:
@@ -161,55 +180,74 @@ def quantise(
     return replace(component, quantised={**component.quantised, "int8": twin})
 
 
-def grids_for(
+def fitted(
     component: Component, feeds: Sequence[Feeds], backend: OpenVINO, report: Report
-) -> Grids:
-    """Grids for the layers of `full`, by what their inputs were on these feeds of it."""
+) -> Choice:
+    """Grids and divisors for the layers of `full`, by what their inputs were on these feeds."""
     graph = component.graphs["full"]
     found = [layer for layer in products(graph) if _in_time(layer)]
     seen = observe(
         graph.path,
-        [n for layer in found for n in layer.inputs],
+        {n: channel_axis(layer) for layer in found for n in layer.inputs},
         feeds,
         drawing_precision(component.weights.stat().st_size, backend),
         lambda share: report(f"activations of {component.spec.name}", 0.5 * share),
     )
-    grids: dict[str, tuple[Grid, ...]] = {}
+    stored = open_container(component.weights).tensors
+    sharing: dict[tuple[str, str], list[Layer]] = {}
     for layer in found:
-        chosen = tuple(fitting(layer, seen[n]) for n in layer.inputs)
-        kept = min(signal_db(seen[n], g) for n, g in zip(layer.inputs, chosen, strict=True))
-        if kept >= FLOOR_DB:
-            grids[layer.name] = chosen
-        else:
-            log.info("%s stays in float: its input keeps %.1f dB in 8 bits", layer.name, kept)
-    return grids
+        if layer.weight is not None:
+            sharing.setdefault((layer.inputs[0], layer.op), []).append(layer)
+    grids: dict[str, tuple[Grid, ...]] = {}
+    divisors: dict[str, Floats] = {}
+    for layer in found:
+        if layer.weight is None:
+            grids[layer.name] = tuple(grid(seen[n], symmetric=True) for n in layer.inputs)
+    for (name, _), users in sharing.items():
+        weights = [_floats(stored[str(layer.weight)]) for layer in users]
+        chosen = fitting(users[0], seen[name], weights)
+        for layer in users:
+            if -10 * np.log10(max(chosen.noise, 1e-30)) < FLOOR_DB:
+                log.info("%s stays in float: 8 bits lose too much of its input", layer.name)
+                continue
+            grids[layer.name] = (chosen.grid,)
+            if chosen.divisors is not None:
+                divisors[layer.name] = chosen.divisors
+    return Choice(grids, divisors)
 
 
-def by_rule(component: Component, grids: Grids) -> Choice:
-    """The network's ends in float: what is rounded there, no later layer smooths."""
+def by_rule(component: Component, every: Choice) -> Choice:
+    """In float what is rounded where no later layer smooths it, or costs little: the network's
+    ends, and of a UNet its last output block, the skips, and what follows the GEGLUs of the later
+    half of the output blocks."""
     found = products(component.graphs["full"])
     order = [layer.name for layer in found if layer.weight is not None]
-    ends = frozenset((*order[:FIRST], *order[-LAST:]))
-    return Choice({n: g for n, g in grids.items() if n not in ends}, ends)
+    blocks = [int(n.split(".")[1]) for n in order if n.startswith(OUTPUT)]
+    later = range(max(blocks) // 2 + 1, max(blocks) + 1) if blocks else range(0)
+    floats = {*order[:FIRST], *order[-LAST:]}
+    floats |= {n for n in order if SKIP in n or (blocks and n.startswith(f"{OUTPUT}{later[-1]}."))}
+    floats |= {n for b in later for n in order if n.startswith(f"{OUTPUT}{b}.") and GATED in n}
+    return every.without(frozenset(floats))
 
 
 def searched(
     component: Component,
     folder: Path,
-    grids: Grids,
+    every: Choice,
     feeds: Sequence[Feeds],
     search: Search,
     report: Report,
 ) -> Choice:
     """The layers in float that measuring finds to be worst for their cost."""
     graph = component.graphs["full"]
-    order = [layer for layer in products(graph) if layer.name in grids]
-    twin = write_twin(component, folder / FOLDER, Choice(grids))
+    order = [layer for layer in products(graph) if layer.name in every.grids]
+    twin = write_twin(component, folder / FOLDER, every)
     noise = measure(
         folder / graph.path.name,
         twin.weights,
         order,
-        grids,
+        every.grids,
+        every.divisors,
         spread(feeds, NOISE_SAMPLES),
         search.weight_of,
         search.seconds,
@@ -223,7 +261,7 @@ def searched(
     left = sum(n for name, n in noise.layers.items() if name not in floats)
     share = 1 - left / sum(noise.layers.values())
     log.info("%d layers stay in float: they made %.0f %% of the noise", len(floats), 100 * share)
-    return Choice({n: g for n, g in grids.items() if n not in floats}, floats)
+    return every.without(floats)
 
 
 def products(graph: Graph) -> list[Layer]:
@@ -233,20 +271,14 @@ def products(graph: Graph) -> list[Layer]:
     return [layer for layer in found if layer.weight is not None or layer.scores]
 
 
-def fitting(layer: Layer, seen: Seen) -> Grid:
+def fitting(layer: Layer, seen: Seen, weights: Sequence[Floats]) -> Fit:
     """A convolution reads SiLU, nearly all positive: about zero it would waste half of the values.
     A product of matrices is computed faster about zero."""
-    return grid(seen, symmetric=layer.op != "Conv")
+    return fit(seen, weights, symmetric=layer.op != "Conv")
 
 
-def signal_db(seen: Seen, chosen: Grid) -> float:
-    """10 log10 of the values' mean square over that of their rounding error."""
-    zero = 0 if chosen.zero is None else chosen.zero
-    low, high = (-127, 127) if chosen.zero is None else (-zero, 255 - zero)
-    x = seen.values.astype(np.float64)
-    error = x - np.clip(np.rint(x / chosen.scale), low, high) * chosen.scale
-    signal, noise = float(np.mean(x**2)), float(np.mean(error**2))
-    return np.inf if noise == 0 else 10 * float(np.log10(max(signal, 1e-300) / noise))
+def channel_axis(layer: Layer) -> int:
+    return 1 if layer.op == "Conv" else -1
 
 
 def step_feeds(component: Component, samples: Sequence[Feeds], backend: OpenVINO) -> list[Feeds]:
@@ -284,19 +316,21 @@ def write_twin(component: Component, folder: Path, choice: Choice) -> Component:
     folder.mkdir(parents=True, exist_ok=True)
     models = {name: ir.load(graph.path) for name, graph in component.graphs.items()}
     rounded = {
-        layer.weight
+        layer.weight: choice.divisors.get(layer.name) if layer.name in choice.grids else None
         for model in models.values()
         for layer in layers(model)
         if layer.weight is not None and layer.name not in choice.floats
     }
     stored = open_container(component.weights).tensors
-    refs = [ref for name, tensor in stored.items() for ref in _stored_as(tensor, name in rounded)]
+    refs: list[TensorRef] = []
+    for name, tensor in stored.items():
+        refs += _rounded(tensor, rounded[name]) if name in rounded else [tensor]
     weights_sha256 = write_weights(folder / WEIGHTS, refs)
     header = read_header(folder / WEIGHTS)
     graphs = {}
     for name, model in models.items():
         path = folder / f"{name}.onnx"
-        twin = quantized(model, choice.grids, header, location=WEIGHTS)
+        twin = quantized(model, choice.grids, header, location=WEIGHTS, divisors=choice.divisors)
         save(twin, path)
         sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
         graphs[name] = replace(component.graphs[name], path=path, sha256=sha256)
@@ -354,16 +388,22 @@ def spread(samples: Sequence[Feeds], count: int) -> list[Feeds]:
     return [samples[i] for i in places]
 
 
-def _stored_as(tensor: TensorRef, rounded: bool) -> list[TensorRef]:
-    """A tensor as it is, or its int8 values and their scales; computed when written."""
-    if not rounded:
-        return [tensor]
+def _rounded(tensor: TensorRef, by: Floats | None) -> list[TensorRef]:
+    """int8 values of a weight and their scales; computed when written.
+
+    by          what its input channels are multiplied by, [C]
+    """
+
+    def found() -> tuple[np.ndarray, Floats]:
+        weight = _floats(tensor)
+        factors = 1 if by is None else by.reshape(-1, *[1] * (weight.ndim - 2))
+        return rounded_weight(weight * factors)
 
     def values() -> Any:
-        return rounded_weight(_floats(tensor))[0].reshape(-1).view(np.uint8)
+        return found()[0].reshape(-1).view(np.uint8)
 
     def scales() -> Any:
-        return rounded_weight(_floats(tensor))[1].view(np.uint8)
+        return found()[1].view(np.uint8)
 
     return [
         TensorRef(tensor.name, "I8", tensor.shape, values),

@@ -23,7 +23,7 @@ from ..backends.openvino import library
 from ..engine.ports import Array, Floats
 from ..engine.weights import read_header
 from .graph.gates import GATES, gated
-from .graph.quantize import Grids, Layer
+from .graph.quantize import Divisors, Grids, Layer
 from .graph.tools import save
 
 log = logging.getLogger("sdengine.export")
@@ -52,6 +52,7 @@ def measure(
     twin_weights: Path,
     order: Sequence[Layer],
     grids: Grids,
+    divisors: Divisors,
     samples: Sequence[Feeds],
     weight_of: Callable[[Feeds], float],
     seconds: float,
@@ -65,7 +66,14 @@ def measure(
     seconds       when to stop
     """
     location = twin_weights.relative_to(graph.parent).as_posix()
-    model = gated(ir.load(graph), grids, read_header(twin_weights), location=location, order=order)
+    model = gated(
+        ir.load(graph),
+        grids,
+        read_header(twin_weights),
+        location=location,
+        order=order,
+        divisors=divisors,
+    )
     path = graph.parent / GATED
     save(model, path)
     try:

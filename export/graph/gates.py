@@ -13,8 +13,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
+from ...engine.ports import Floats
 from ...engine.weights import Stored
-from .quantize import Grids, Layer, layers, quantized
+from .quantize import Divisors, Grids, Layer, along, layers, quantized
 from .tools import copy_of
 
 GATES = "gates"
@@ -27,15 +28,16 @@ def gated(
     *,
     location: str,
     order: Sequence[Layer],
+    divisors: Divisors,
 ) -> ir.Model:
     """The graph with the further input `gates`.
 
-    grids       as for `quantized`; a layer without grids keeps its input in float
+    grids, divisors    as for `quantized`; a layer without grids keeps its input in float
     stored      of the file with int8 weights, `location`; the float weights stay where they are
     order       the layers that the gates belong to
     """
     model = copy_of(model)
-    twin = quantized(model, grids, stored, location=location)
+    twin = quantized(model, grids, stored, location=location, divisors=divisors)
     graph = model.graph
     gates = ir.Value(
         name=GATES, shape=ir.Shape([2 * len(order)]), type=ir.TensorType(ir.DataType.FLOAT)
@@ -55,7 +57,14 @@ def gated(
             if x.name == y.name:
                 continue
             gate = _pick(graph, node, gates, 2 * places[layer.name] + side)
-            node.replace_input_with(side, _blend(graph, node, x, rounded.of(y, node), gate))
+            near = rounded.of(y, node)
+            if layer.name in divisors:
+                by = along(divisors[layer.name], layer)
+                # of a product's weight the channels are the first axis, of a convolution's the
+                # second
+                back = by if side == 0 else 1 / (by if layer.op == "Conv" else by[:, None])
+                near = _scaled(graph, node, near, back, f"{gate.name}/back")
+            node.replace_input_with(side, _blend(graph, node, x, near, gate))
     return model
 
 
@@ -116,6 +125,17 @@ def _pick(graph: ir.Graph, before: ir.Node, gates: ir.Value, index: int) -> ir.V
     gate = ir.Value(name=name)
     graph.insert_before(before, [ir.node("Gather", [gates, place], outputs=[gate], name=name)])
     return gate
+
+
+def _scaled(graph: ir.Graph, before: ir.Node, x: ir.Value, by: Floats, name: str) -> ir.Value:
+    tensor = ir.tensor(by, name=f"{name}/by")
+    factors = ir.Value(
+        name=f"{name}/by", shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor
+    )
+    graph.register_initializer(factors)
+    made = ir.Value(name=name)
+    graph.insert_before(before, [ir.node("Mul", [x, factors], outputs=[made], name=name)])
+    return made
 
 
 def _blend(

@@ -3,9 +3,11 @@
 A layer is a convolution or a product of an activation with a weight; an attention's two products
 have no weight. Around each chosen one stand QuantizeLinear and DequantizeLinear, which ONNX
 Runtime, OpenVINO and TensorRT all take for "compute this in int8". Weights are rounded one output
-channel at a time, symmetric; activations with one scale for the tensor.
+channel at a time, symmetric; activations with one scale for the tensor, after each channel was
+divided by a number of its own, which the weight is multiplied by.
 
-source      ONNX operator specifications, opset 21; Jacob et al. 2017, arXiv:1712.05877
+source      ONNX operator specifications, opset 21; Jacob et al. 2017, arXiv:1712.05877; the
+            channels' numbers: Xiao et al. 2022, SmoothQuant, arXiv:2211.10438
 checked by  tests/parity/test_quantize.py
 """
 
@@ -54,6 +56,7 @@ class Grid:
 
 
 Grids = Mapping[str, tuple[Grid, ...]]  # layer -> one for each input; () leaves them in float
+Divisors = Mapping[str, Floats]  # layer -> [C], what the channels of its input are divided by
 
 
 def layers(model: ir.Model) -> list[Layer]:
@@ -80,17 +83,24 @@ def stored_tensors(model: ir.Model) -> set[str]:
 
 
 def quantized(
-    model: ir.Model, grids: Grids, stored: Mapping[str, Stored], *, location: str
+    model: ir.Model,
+    grids: Grids,
+    stored: Mapping[str, Stored],
+    *,
+    location: str,
+    divisors: Divisors,
 ) -> ir.Model:
     """The twin of a graph, its weights in the file `location`.
 
     grids       the layers to change; all others stay as they are
+    divisors    of those among them that have some: the file's weights are multiplied by them
     stored      what the file holds; a weight of type I8 has its scales beside it
     """
     model = copy_of(model)
     graph = model.graph
     _rebind(graph, stored, location)
-    rounded: dict[tuple[str, Grid], ir.Value] = {}
+    rounded: dict[tuple[str, Grid, bytes], ir.Value] = {}
+    divided: dict[tuple[str, bytes], ir.Value] = {}
     values = {str(v.name): v for node in graph for v in node.outputs}
     values |= {str(v.name): v for v in graph.inputs}
     for layer in layers(model):
@@ -98,9 +108,18 @@ def quantized(
         for i, (name, grid) in enumerate(
             zip(layer.inputs, grids.get(layer.name, ()), strict=False)
         ):
-            if (name, grid) not in rounded:
-                rounded[name, grid] = _round(graph, node, values[name], grid, len(rounded))
-            node.replace_input_with(i, rounded[name, grid])
+            by = divisors.get(layer.name)
+            key = b"" if by is None else by.tobytes()
+            if (name, grid, key) not in rounded:
+                value = values[name]
+                if by is not None:
+                    if (name, key) not in divided:
+                        at = f"{name}/divided_{len(divided)}"
+                        factors = _constant(graph, f"{at}/factors", along(1 / by, layer))
+                        divided[name, key] = _product(graph, node, value, factors, at)
+                    value = divided[name, key]
+                rounded[name, grid, key] = _round(graph, node, value, grid, len(rounded))
+            node.replace_input_with(i, rounded[name, grid, key])
     drop_unused(graph)
     return model
 
@@ -111,6 +130,11 @@ def rounded_weight(weight: Floats) -> tuple[np.ndarray, Floats]:
     scale = np.where(largest > 0, largest / 127, 1).astype(np.float32)
     steps = weight / scale.reshape(-1, *[1] * (weight.ndim - 1))
     return np.clip(np.rint(steps), -127, 127).astype(np.int8), scale
+
+
+def along(values: Floats, layer: Layer) -> Floats:
+    """[C] in the shape that multiplies the channels of the layer's input."""
+    return values.astype(np.float32).reshape((-1, 1, 1) if layer.op == "Conv" else (-1,))
 
 
 def _into_softmax(node: ir.Node) -> bool:
@@ -190,10 +214,18 @@ def _round(graph: ir.Graph, before: ir.Node, value: ir.Value, grid: Grid, index:
     return result
 
 
-def _constant(graph: ir.Graph, name: str, value: np.generic) -> ir.Value:
+def _product(
+    graph: ir.Graph, before: ir.Node, value: ir.Value, factors: ir.Value, name: str
+) -> ir.Value:
+    made = ir.Value(name=name, shape=value.shape, type=ir.TensorType(ir.DataType.FLOAT))
+    graph.insert_before(before, [ir.node("Mul", [value, factors], outputs=[made], name=name)])
+    return made
+
+
+def _constant(graph: ir.Graph, name: str, value: np.generic | Floats) -> ir.Value:
     tensor = ir.tensor(np.asarray(value), name=name)
     made = ir.Value(
-        name=name, shape=ir.Shape(()), type=ir.TensorType(tensor.dtype), const_value=tensor
+        name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor
     )
     graph.register_initializer(made)
     return made

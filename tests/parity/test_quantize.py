@@ -24,6 +24,7 @@ from sdengine.export.graph.quantize import Grid, layers, rounded_weight
 from sdengine.export.graph.tools import save
 from sdengine.export.observe import Seen, grid
 from sdengine.export.parity import distance
+from sdengine.export.smooth import Fit, fit
 
 pytestmark = [pytest.mark.export, pytest.mark.ov]
 
@@ -116,7 +117,7 @@ def test_a_broken_graph_is_refused(mini_bundle, tmp_path, monkeypatch):
     path = tmp_path / "mini"
     shutil.copytree(mini_bundle, path)
     monkeypatch.setattr(quantize, "FLOOR_DB", -np.inf)
-    monkeypatch.setattr(quantize, "fitting", lambda layer, seen: Grid(1e-4))
+    monkeypatch.setattr(quantize, "fitting", lambda layer, seen, weights: Fit(None, Grid(1e-4), 0))
     with pytest.raises(
         ParityFailure, match=r"unet on openvino in int8, .*required: PSNR 25 dB"
     ) as e:
@@ -187,6 +188,11 @@ def test_weights_round_as_torch_does(rng):
     assert np.abs(steps * scale.reshape(-1, 1, 1, 1) - weight).max() <= scale.max() / 2 + 1e-7
 
 
+def one_channel(values) -> Seen:
+    column = np.asarray(values, np.float32).reshape(-1, 1)
+    return Seen(column.min(axis=0), column.max(axis=0), column)
+
+
 def error(seen: Seen, chosen: Grid) -> float:
     zero, ends = (0, (-127, 127)) if chosen.zero is None else (chosen.zero, (0, 255))
     steps = np.clip(np.rint(seen.values / chosen.scale) + zero, *ends)
@@ -196,7 +202,7 @@ def error(seen: Seen, chosen: Grid) -> float:
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_evenly_spread_values_use_the_whole_grid(symmetric):
     """Rounding error of an even density: step squared / 12 (Bennett 1948)."""
-    seen = Seen(-1.0, 3.0, np.linspace(-1, 3, 20001, dtype=np.float32))
+    seen = one_channel(np.linspace(-1, 3, 20001))
     chosen = grid(seen, symmetric=symmetric)
     step = 3 / 127 if symmetric else 4 / 255
     assert chosen.scale == pytest.approx(step, rel=0.05)
@@ -204,15 +210,52 @@ def test_evenly_spread_values_use_the_whole_grid(symmetric):
 
 
 def test_a_rare_outlier_is_cut(rng):
-    values = np.append(rng.standard_normal(100_000), 60).astype(np.float32)
-    seen = Seen(float(values.min()), 60.0, values)
+    seen = one_channel(np.append(rng.standard_normal(60_000), 60))
     chosen = grid(seen, symmetric=True)
     assert chosen.scale * 127 < 55
     assert error(seen, chosen) < error(seen, Grid(60 / 127))
 
 
 def test_nothing_seen_but_zero():
-    assert grid(Seen(0.0, 0.0, np.zeros(9, np.float32)), symmetric=True).scale == 1.0
+    assert grid(one_channel(np.zeros(9)), symmetric=True).scale == 1.0
+    empty = Seen(np.zeros(3, np.float32), np.zeros(3, np.float32), np.zeros((9, 3), np.float32))
+    found = fit(empty, [np.ones((2, 3), np.float32)], symmetric=True)
+    assert found.divisors is None
+    assert found.noise == 0
+
+
+def through_int8(x, weight, found: Fit):
+    """The layer as engines compute it, in float64; torch rounds."""
+    import torch
+
+    by = np.ones(x.shape[1], np.float32) if found.divisors is None else found.divisors
+    zero, ends = (0, (-127, 127)) if found.grid.zero is None else (found.grid.zero, (0, 255))
+    x8 = torch.fake_quantize_per_tensor_affine(
+        torch.from_numpy(x / by), found.grid.scale, zero, *ends
+    ).double().numpy()  # fmt: skip
+    steps, scale = rounded_weight(weight * by)
+    return x8 @ (steps * scale[:, None].astype(np.float64)).T
+
+
+def test_one_loud_channel_does_not_drown_the_others(rng):
+    """Divided, its noise goes into the weight; what `fit` promises is what the layer loses."""
+    x = rng.standard_normal((4000, 48)).astype(np.float32)
+    x[:, 7] *= 40
+    weight = rng.standard_normal((32, 48)).astype(np.float32)
+    weight[:, 7] /= 40
+    exact = x.astype(np.float64) @ weight.T.astype(np.float64)
+    seen = Seen(x.min(axis=0), x.max(axis=0), x)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sdengine.export.smooth.STRENGTHS", (0.0,))
+        plain = fit(seen, [weight], symmetric=True)
+    found = fit(seen, [weight], symmetric=True)
+    lost = [
+        np.mean((through_int8(x, weight, f) - exact) ** 2) / np.mean(exact**2)
+        for f in (plain, found)
+    ]
+    assert lost[1] < lost[0] / 30
+    assert found.noise == pytest.approx(lost[1], rel=0.25)
+    assert plain.noise == pytest.approx(lost[0], rel=0.25)
 
 
 # The search
@@ -236,6 +279,7 @@ def test_gates_turn_the_rounding_on_and_off(quantised, rng, tmp_path):
         read_header(twin.weights),
         location="int8/weights.safetensors",
         order=order,
+        divisors={},
     )
     save(model, tmp_path / "gated.onnx")
     options = onnxruntime.SessionOptions()
