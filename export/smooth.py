@@ -78,7 +78,7 @@ def _tried(
         seen = seen.divided(by)
         power = power / by.astype(np.float64) ** 2
         weights = [w * by.reshape(-1, *[1] * (w.ndim - 2)) for w in weights]
-    counts = sum(_squares(w) for w in weights)
+    counts: Floats = np.sum([_squares(w) for w in weights], axis=0)
     chosen = grid(seen, symmetric=symmetric, weights=counts)
     error = np.mean(rounding_error(seen.values, chosen).astype(np.float64) ** 2, axis=0)
     noise = float(error @ counts)

@@ -130,7 +130,10 @@ def _pick(graph: ir.Graph, before: ir.Node, gates: ir.Value, index: int) -> ir.V
 def _scaled(graph: ir.Graph, before: ir.Node, x: ir.Value, by: Floats, name: str) -> ir.Value:
     tensor = ir.tensor(by, name=f"{name}/by")
     factors = ir.Value(
-        name=f"{name}/by", shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor
+        name=f"{name}/by",
+        shape=ir.Shape(by.shape),
+        type=ir.TensorType(tensor.dtype),
+        const_value=tensor,
     )
     graph.register_initializer(factors)
     made = ir.Value(name=name)
