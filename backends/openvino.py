@@ -14,6 +14,7 @@ import logging
 import sys
 from collections.abc import Mapping
 from functools import cached_property, partial
+from threading import Lock
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -30,6 +31,8 @@ from .openvino_floats import RECIPE, keep_float32
 log = logging.getLogger("sdengine.backends")
 
 LARGE = 256 << 20  # bytes of a compiled network
+# One at a time: while it is compiled a network is in memory two or three times.
+BUILDING = Lock()
 
 
 def library() -> Any:
@@ -120,14 +123,15 @@ class OpenVINO(GraphBackend):
                 keep_float32(core, model)
             return core.compile_model(model, device, config)
 
-        if store is None:
-            return OpenVINOGraph(graph, build(), None)
-        compiled = build()
-        path = store.keep(what, made, partial(_export, compiled))
-        if path is None or path.stat().st_size < LARGE:
-            return OpenVINOGraph(graph, compiled, None)
-        # What was compiled holds all weights once more in float32; what is read back does not.
-        compiled = None
+        with BUILDING:
+            compiled = build()
+            if store is None:
+                return OpenVINOGraph(graph, compiled, None)
+            path = store.keep(what, made, partial(_export, compiled))
+            if path is None or path.stat().st_size < LARGE:
+                return OpenVINOGraph(graph, compiled, None)
+            # What was compiled holds all weights once more in float32; what is read back does not.
+            compiled = None
         again = self._from_store(store, what, made, graph, device, config)
         return OpenVINOGraph(graph, build(), None) if again is None else again
 

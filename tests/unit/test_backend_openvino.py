@@ -8,6 +8,8 @@ import os
 import subprocess
 import sys
 import textwrap
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -207,6 +209,25 @@ def test_threads(unet, store, monkeypatch):
     OpenVINO(store).load(unet, Profile(DIMS))
     OpenVINO(store).load(unet, Profile(DIMS, threads=1))
     assert seen == [3, 3, 1, 1]
+
+
+def test_two_networks_are_not_compiled_at_once(unet, store, monkeypatch):
+    """Each is in memory more than once while it is; reading from the cache is not held up."""
+    inside, most = [], []
+    compile_model = openvino.Core.compile_model
+
+    def spy(self, model, device, config):
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.05)
+        inside.pop()
+        return compile_model(self, model, device, config)
+
+    monkeypatch.setattr(openvino.Core, "compile_model", spy)
+    backend = OpenVINO(store)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda b: backend.load(unet, Profile({**DIMS, "B": b})), (1, 2, 3, 4)))
+    assert most == [1] * 8
 
 
 @pytest.mark.parametrize(
