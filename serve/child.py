@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import sys
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import asdict
@@ -19,7 +18,13 @@ from . import wire
 from .config import Config
 from .wire import Message
 
-COMMAND = [sys.executable, "-m", "sdengine.serve.worker"]
+# -P: nothing is imported from the folder that it happens to be in
+COMMAND = [
+    sys.executable,
+    "-P",
+    "-m",
+    "sdengine.serve.worker",
+]
 
 
 class Child:
@@ -45,7 +50,6 @@ class Child:
         pipe = asyncio.subprocess.PIPE
         self._process = await asyncio.create_subprocess_exec(
             *self._command, stdin=pipe, stdout=pipe, start_new_session=True, limit=2**20,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
         )  # fmt: skip
         config = self._config
         models = {name: str(path) for name, path in config.models.items()}

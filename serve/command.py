@@ -115,13 +115,13 @@ def serve(
     )
     _check_installed()
     from ..api import find_model
-    from .models import named
+    from .models import named, split
     from .tokens import check_open, read_tokens
 
     tokens = () if token_file is None else read_tokens(token_file)
     check_open(host, tokens)
     places = ["emoji"] if model is None else model
-    found = {place: find_model(place) for place in (one.rpartition("=")[2] for one in places)}
+    found = {place: find_model(place) for _, place in map(split, places)}
     limits = Limits(
         body=max_body * 2**20, pixels=max_pixels, pictures=max_pictures, steps=max_steps
     )

@@ -30,6 +30,9 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 OPEN = ("/health/live", "/health/ready")
+# Pictures that were answered as addresses, under names that nobody can guess: who is to show one
+# has no token.
+NAMED = "/v1/images/files/"
 # where pictures are made: with a full queue these are refused before anything is parsed
 MAKING = (
     "/sdapi/v1/txt2img", "/sdapi/v1/img2img", "/v1/images/generations", "/v1/images/edits",
@@ -100,7 +103,9 @@ class Guard:
         if origin and not _same(origin, host):
             raise _Foreign(f"a page of {origin[:80]} may not use this server")
         if self._known:
-            if scope["path"] not in OPEN and not self._token_known(headers):
+            path = scope["path"]
+            opened = path in OPEN or path.startswith(NAMED)
+            if not opened and not self._token_known(headers):
                 raise Forbidden(
                     "no token, or one that is not known here",
                     hint="send Authorization: Bearer TOKEN, or HTTP basic auth with it as password",

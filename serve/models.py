@@ -72,17 +72,25 @@ def _read(name: str, path: Path) -> Model:
     return Model(name, path, open_bundle(path), mark)
 
 
+def split(option: str) -> tuple[str | None, str]:
+    """`NAME=PLACE` -> both; a place alone, even one with = in it, has no name yet."""
+    name, given, place = option.partition("=")
+    if not given or "/" in name or Path(option).exists():
+        return None, option
+    return name, place
+
+
 def named(options: Sequence[str], find: Mapping[str, Path]) -> dict[str, Path]:
     """`NAME=PLACE` or `PLACE` -> name -> bundle.
 
-    find        place as it was given -> its bundle
+    find        place -> its bundle
     raises      RequestError when two have one name
     """
     paths: dict[str, Path] = {}
     for option in options:
-        name, given, place = option.rpartition("=")
+        name, place = split(option)
         found = find[place]
-        name = name if given else found.name
+        name = found.name if name is None else name
         if name in paths:
             raise RequestError(
                 f"two models are called {name!r}",

@@ -47,6 +47,7 @@ class Served:
         finally:
             self.pool.cancel(job)
             gone.cancel()
+            done.cancel()
 
 
 async def _gone(call: Call) -> None:

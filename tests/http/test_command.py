@@ -59,5 +59,8 @@ def test_models_by_name_title_and_hash(fake_bundle: Path):
 def test_names_of_places(fake_bundle: Path):
     found = {"x/fake": fake_bundle, "emoji": Path("/e/emoji")}
     assert named(["x/fake", "mine=emoji"], found) == {"fake": fake_bundle, "mine": Path("/e/emoji")}
+    odd = fake_bundle.parent / "a=b"  # a folder of that name
+    odd.symlink_to(fake_bundle)
+    assert named([str(odd)], {str(odd): fake_bundle}) == {"fake": fake_bundle}
     with pytest.raises(RequestError, match="two models"):
         named(["x/fake", "fake=emoji"], found)

@@ -59,14 +59,16 @@ def test_who_may_come_in(closed, authorization, status):
         assert "no token" in response.json()["detail"]
 
 
-def test_every_route_is_closed_but_health(closed):
+def test_every_route_is_closed_but_health_and_addresses(closed):
     with closed.client() as client:
         paths = list(client.get("/openapi.json").json()["paths"])
         assert len(paths) > 30
         client.headers.pop("Authorization")
         found = {path: client.get(path).status_code for path in [*paths, "/openapi.json", "/no"]}
     opened = {path for path, status in found.items() if status != 401}
-    assert opened == {"/health/live", "/health/ready"}
+    # the last are pictures under names that nobody can guess
+    assert opened == {"/health/live", "/health/ready", "/v1/images/files/{name}"}
+    assert found["/v1/images/files/{name}"] == 404
 
 
 def test_its_clients_know_how_to_log_in(closed):
