@@ -99,6 +99,11 @@ class Server:
         path = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
         return [int(pid) for pid in path.read_text().split()]
 
+    def processor_s(self) -> float:
+        """Seconds of processor time that the server itself, without its workers, has used."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
     def memory(self) -> dict[str, int]:
         """Resident bytes of the server and of its workers."""
         pids = {"server": self.process.pid}
