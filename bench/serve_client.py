@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import re
 import subprocess
 import sys
 import time
@@ -122,10 +121,12 @@ async def ready(client: Client, limit: float = 120.0) -> None:
         await asyncio.sleep(0.1)
 
 
-async def metric(client: Client, name: str) -> float:
-    """The sum of what /metrics says under names that begin so."""
+async def metric(client: Client, name: str, labels: str = "") -> float:
+    """What /metrics says under a name, its labels as they are written there; 0 when it does not."""
     text = (await client("GET", "/metrics")).body.decode()
-    return sum(float(v) for v in re.findall(rf"^{re.escape(name)}\S* (\S+)$", text, re.M))
+    start = f"{name}{labels} "
+    lines = (line for line in text.splitlines() if line.startswith(start))
+    return sum(float(line.removeprefix(start)) for line in lines)
 
 
 def percentile(values: list[float], share: float) -> float:

@@ -40,7 +40,7 @@ async def ask(url: str, first: int, step: int, over: asyncio.Event, codes: Count
 async def kill(server: Server, client: Client, times: int) -> None:
     for _ in range(times):
         await ready(client)
-        while await metric(client, "sdengine_queue_running ") == 0:
+        while await metric(client, "sdengine_queue_running") == 0:
             await asyncio.sleep(0.01)
         await asyncio.sleep(0.05)
         os.kill(server.workers()[0], signal.SIGKILL)
@@ -74,14 +74,14 @@ async def faults(server: Server, arguments: argparse.Namespace) -> dict[str, Any
     over.set()
     await asyncio.gather(*askers)
     for _ in range(200):
-        if await metric(client, "sdengine_queue_") == 0 or not await _busy(client):
+        if not await _busy(client):
             break
         await asyncio.sleep(0.05)
     final = await client("POST", "/v1/images/generations", body(0))
     return {
         "answers": {str(code): n for code, n in codes.items()},
-        "restarts": await metric(client, "sdengine_worker_restarts_total "),
-        "called_off": await metric(client, 'sdengine_jobs_total{state="cancelled"}'),
+        "restarts": await metric(client, "sdengine_worker_restarts_total"),
+        "called_off": await metric(client, "sdengine_jobs_total", '{state="cancelled"}'),
         "still_busy": await _busy(client),
         "then": final.status,
         "seconds_per_restart": killed_s / max(arguments.kills, 1),
@@ -89,8 +89,8 @@ async def faults(server: Server, arguments: argparse.Namespace) -> dict[str, Any
 
 
 async def _busy(client: Client) -> float:
-    waiting = await metric(client, "sdengine_queue_waiting ")
-    return waiting + await metric(client, "sdengine_queue_running ")
+    waiting = await metric(client, "sdengine_queue_waiting")
+    return waiting + await metric(client, "sdengine_queue_running")
 
 
 def main() -> None:

@@ -22,6 +22,7 @@ from typing import Any
 
 from .serve_client import Answer, Client, Server, metric, percentile, ready
 
+STAGES, TOTAL = "sdengine_stage_seconds_sum", '{stage="total"}'
 FIRST = 1000  # requests after which memory must stay as it is
 ALONE = """
 import sys, time
@@ -104,15 +105,14 @@ def alone(arguments: argparse.Namespace) -> float:
 async def overhead(server: Server, client: Client, steps: int, runs: int) -> dict[str, float]:
     """Milliseconds that one picture alone takes beyond the pipeline's own, from its own clock; and
     of the server's processor time, which other programs on the machine do not change."""
-    total = 'sdengine_stage_seconds_sum{stage="total"}'
-    seconds, before = [], await metric(client, total)
+    seconds, before = [], await metric(client, STAGES, TOTAL)
     used = server.processor_s()
     for k in range(runs):
         begun = time.perf_counter()
         answer = await client("POST", "/sdapi/v1/txt2img", body(k, steps))
         assert answer.status == 200, answer.body
         seconds.append(time.perf_counter() - begun)
-    inside = (await metric(client, total) - before) / runs
+    inside = (await metric(client, STAGES, TOTAL) - before) / runs
     mean = sum(seconds) / runs
     used = (server.processor_s() - used) / runs
     return {"request_ms": 1e3 * mean, "pipeline_ms": 1e3 * inside,
@@ -127,7 +127,7 @@ async def load(server: Server, arguments: argparse.Namespace) -> dict[str, Any]:
     host, port = server.url.removeprefix("http://").split(":")
     probe = subprocess.Popen([sys.executable, "-c", PROBE, host, port], stdout=subprocess.PIPE,
                              text=True)  # fmt: skip
-    inside = await metric(client, 'sdengine_stage_seconds_sum{stage="total"}')
+    inside = await metric(client, STAGES, TOTAL)
     watching = asyncio.create_task(watch(server, seen))
     begun = time.perf_counter()
     await asyncio.gather(*(
@@ -135,7 +135,7 @@ async def load(server: Server, arguments: argparse.Namespace) -> dict[str, Any]:
         for _ in range(arguments.clients)
     ))  # fmt: skip
     took = time.perf_counter() - begun
-    inside = await metric(client, 'sdengine_stage_seconds_sum{stage="total"}') - inside
+    inside = await metric(client, STAGES, TOTAL) - inside
     watching.cancel()
     probe.kill()
     assert probe.stdout is not None
