@@ -15,6 +15,7 @@ from typing import Any
 
 from . import __version__, backends
 from .backends import machine
+from .backends.relay import Relay
 from .engine.bundle import MANIFEST, Bundle, open_bundle
 from .engine.errors import (
     BackendUnavailable,
@@ -53,6 +54,7 @@ def load(
     cores: str | None = None,
     hyper_threads: bool | None = None,
     device: str | None = None,
+    while_building: str | None = None,
     low_memory: bool = False,
     preset: str | None = None,
     progress: Progress | None = None,
@@ -66,7 +68,9 @@ def load(
     threads     processor threads; None: what machine.plan says
     pin, numa_node, cores, hyper_threads   as machine.Wish has them. Where the plan leaves out
                 processors, the calling thread and those it starts later stay on the others
-    device      what OpenVINO runs on: CPU, GPU, GPU.1, NPU or AUTO; None: the backend's own default
+    device      what OpenVINO runs on: CPU, GPU, GPU.1, NPU or AUTO; backends for NVIDIA's GPUs:
+                cuda, cuda:1; None: the backend's own default
+    while_building  a backend that serves, in float32, while the other one builds its engines
     low_memory  one network at a time is in memory, each loaded anew when its turn comes
     preset      a name of engine.presets.PRESETS, whose precision is taken when none is asked for
     progress    called with (what, fraction done) while a checkpoint is exported
@@ -78,13 +82,16 @@ def load(
         precision = preset_precision(bundle, chosen.name, probe, preset)
     precision = choose_precision(bundle, chosen.name, probe, precision)
     log.info("backend %s, precision %s: %s", chosen.name, precision, why)
+    meanwhile = {} if while_building is None else {"while_building": while_building}
+    if while_building is not None:
+        chosen = Relay(chosen, backends.choose(while_building).backend)
     plan = machine.plan(wish=machine.Wish(threads, pin, numa_node, cores, hyper_threads))
     machine.settle(plan)
     like = _profile(plan, device)
     sessions = EngineSessions(
         bundle, chosen, precision, plan.threads, like=like, low_memory=low_memory
     )
-    about = {"version": __version__, "backend": chosen.name, "precision": precision}
+    about = {"version": __version__, "backend": chosen.name, "precision": precision, **meanwhile}
     loading = Loading(precision, low_memory)
     return Pipeline(bundle, sessions, about, machine.available_memory(), loading)
 

@@ -318,7 +318,12 @@ def run(
         bool | None, typer.Option("--hyper-threads", help="Two threads a core, where it has two.")
     ] = None,
     device: Annotated[
-        str | None, typer.Option(help="What OpenVINO runs on: CPU, GPU, GPU.1, NPU or AUTO.")
+        str | None,
+        typer.Option(help="OpenVINO: CPU, GPU, GPU.1, NPU, AUTO. NVIDIA backends: cuda, cuda:1."),
+    ] = None,
+    while_building: Annotated[
+        str | None,
+        typer.Option(help="Serve on this backend while --backend builds its engines, then swap."),
     ] = None,
     low_memory: Annotated[
         bool | None, typer.Option("--low-memory", help="Keep one network at a time in memory.")
@@ -407,6 +412,7 @@ def run(
         pin=pin,
         hyper_threads=hyper_threads,
         device=device,
+        while_building=while_building,
         low_memory=low_memory,
     )
     if stop_after is not None and save_latents is None:

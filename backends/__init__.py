@@ -19,6 +19,8 @@ NAMES = tuple(REGISTRY)
 # Asked for by name: none is proved on every machine that has a GPU.
 GPU = {
     "torch-cuda": "torch_cuda:TorchCuda",
+    "onnxruntime-cuda": "onnxruntime_cuda:OnnxRuntimeCuda",
+    "onnxruntime-trt": "onnxruntime_cuda:OnnxRuntimeTensorRT",
     "trt": "tensorrt:TensorRT",
     "trt-rtx": "tensorrt:TensorRTRTX",
 }

@@ -2,7 +2,7 @@
 
 No torch, no memory of the host between rows: what a session holds stays on the device, cached
 features and a prologue's results are handles, and `denoiser` runs a whole table there. Proved
-without a GPU only (README says so): on recorded calls, and on the kernels compiled for a processor.
+without a GPU only: on recorded calls, and on the kernels compiled for a processor.
 
 checked by  tests/unit/test_backend_tensorrt.py, tests/unit/test_denoise.py
 """
@@ -36,7 +36,7 @@ OLDEST_SM = 75  # Turing: what both libraries still take
 # Of the weights' size: the engine, the builder's copy of it, and tactics that are being timed.
 BUILD_FACTOR = 3.0
 BUILD_LEAST = 512 * MIB
-UNPROVED = "proved on recorded calls only, on no H100 or H200: compare a picture with torch-cuda's"
+UNPROVED = "this runtime is unproved on H100 and H200"
 
 
 class Build(Protocol):
@@ -95,7 +95,7 @@ class TensorRT(GraphBackend):
             facts = self._lanes(0).device.facts()
             self._check_device(facts)
         except BackendUnavailable as error:
-            return Probe(False, error.message, error.hint)
+            return Probe(False, f"{error.message}; {UNPROVED}", error.hint)
         except Exception as error:
             return Probe(False, f"{self._module} cannot be used: {first_line(error)}", self.mend)
         reason = (

@@ -193,7 +193,8 @@ def test_every_option_reaches_load(load: Any) -> None:
 
 def test_the_choices_of_the_plan_reach_load(load: Any) -> None:
     given = ["--cores", "all", "--numa-node", "1", "--no-pin", "--hyper-threads"]
-    assert run("run", *given, "--device", "GPU", "--low-memory").exit_code == 0
+    given += ["--device", "GPU", "--low-memory", "--while-building", "torch"]
+    assert run("run", *given).exit_code == 0
     assert load.calls == [
         {
             "cores": "all",
@@ -201,6 +202,7 @@ def test_the_choices_of_the_plan_reach_load(load: Any) -> None:
             "pin": False,
             "hyper_threads": True,
             "device": "GPU",
+            "while_building": "torch",
             "low_memory": True,
         }
     ]
