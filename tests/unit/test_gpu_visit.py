@@ -146,27 +146,38 @@ def shell(*arguments, **env):
 
 
 def test_large_wheels_travel_in_pieces(tmp_path):
-    wheels, packed = tmp_path / "wheels", tmp_path / "packed"
+    wheels, packed, there = tmp_path / "wheels", tmp_path / "packed", tmp_path / "there"
     wheels.mkdir()
     large = np.random.default_rng(0).bytes(250_000)
     (wheels / "large-1.whl").write_bytes(large)
     (wheels / "small-1.whl").write_bytes(b"small")
     assert shell("pack", wheels, packed, PIECE="100000").returncode == 0
-    assert sorted(p.name for p in packed.iterdir()) == [
+    batches = sorted(packed.iterdir())
+    assert [p.name for p in batches] == ["000", "001", "002"]
+    assert sorted(p.name for b in batches for p in b.iterdir()) == [
         "large-1.whl.part000", "large-1.whl.part001", "large-1.whl.part002", "large-1.whl.sha256",
         "small-1.whl",
     ]  # fmt: skip
-    assert max(p.stat().st_size for p in packed.iterdir()) <= 100_000
-    assert shell("join", packed).returncode == 0
-    joined = (packed / "large-1.whl").read_bytes()
+    assert max(sum(p.stat().st_size for p in b.iterdir()) for b in batches) <= 100_000
+    for batch in batches:
+        assert shell("take", batch, WHEELS=str(there)).returncode == 0
+    assert shell("join", there).returncode == 0
+    joined = (there / "large-1.whl").read_bytes()
     assert hashlib.sha256(joined).digest() == hashlib.sha256(large).digest()
-    assert shell("join", packed).returncode == 0, "again is no harm"
-    (packed / "large-1.whl").unlink()
-    (packed / "large-1.whl.part001").unlink()
-    failed = shell("join", packed)
+    assert shell("join", there).returncode == 0, "again is no harm"
+    (there / "large-1.whl").unlink()
+    (there / "large-1.whl.part001").unlink()
+    failed = shell("join", there)
     assert failed.returncode == 1
     assert "large-1.whl is not whole: a piece is missing" in failed.stderr
-    assert not (packed / "large-1.whl").exists()
+    assert not (there / "large-1.whl").exists()
+
+
+def test_the_wheels_are_those_that_the_machine_lacks():
+    names = {line.partition("==")[0] for line in shell("wanted").stdout.splitlines()}
+    assert {"onnx", "onnx-ir", "safetensors", "diffusers", "pytest", "cuda-bindings"} <= names
+    assert {"onnxruntime-gpu", "tensorrt-rtx-cu13"} <= names
+    assert not {"torch", "torchvision", "triton", "onnxruntime", "nvidia-cuda-nvrtc"} & names
 
 
 def test_without_a_word_it_says_how():
