@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ...engine.errors import ArtifactMismatch, BackendError
+from ...engine.errors import ArtifactMismatch, BackendError, BackendUnavailable
 from ...engine.ports import Array, Handle
 from ...engine.spec import ComponentSpec, Graph
 from .device import Buffer, Device, Lane
@@ -83,7 +83,11 @@ class Messages:
 
 
 def deserialize(runtime: Any, messages: Messages, plan: bytes, whose: str, hint: str) -> Any:
-    """An engine. Raises ArtifactMismatch: of another GPU or version, or no engine at all."""
+    """An engine.
+
+    raises  ArtifactMismatch: of another GPU or version, or no engine at all; BackendUnavailable:
+            the library is newer than the driver
+    """
     messages.take()
     try:
         engine = runtime.deserialize_cuda_engine(plan)
@@ -91,12 +95,18 @@ def deserialize(runtime: Any, messages: Messages, plan: bytes, whose: str, hint:
         raise ArtifactMismatch(f"the engine of {whose} cannot be opened: {error}", hint=hint) from (
             error
         )
-    if engine is None:
-        raise ArtifactMismatch(
-            f"the engine of {whose} ({len(plan)} bytes) cannot be opened here: {messages.take()}",
-            hint=hint,
+    if engine is not None:
+        return engine
+    said = messages.take()
+    if "driver version is insufficient" in said:
+        raise BackendUnavailable(
+            f"the NVIDIA driver is too old for this library, or missing: {said}",
+            hint="update the driver on the host (`nvidia-smi` says which it is), or install a"
+            " release of the library for its CUDA",
         )
-    return engine
+    raise ArtifactMismatch(
+        f"the engine of {whose} ({len(plan)} bytes) cannot be opened here: {said}", hint=hint
+    )
 
 
 class DeviceArray(Handle):

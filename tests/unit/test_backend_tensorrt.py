@@ -420,6 +420,34 @@ def test_the_real_library_knows_all_that_is_called_and_refuses_what_is_no_engine
     assert caught.value.hint == "build it again"
 
 
+def real(folder, store, **facts):
+    """TensorRT-RTX itself, on a GPU of host memory."""
+    library = pytest.importorskip("tensorrt_rtx")
+    device = FakeDevice(folder, replace(FACTS, **facts))
+    return tensorrt.TensorRTRTX(store, lambda index: device, library)
+
+
+def test_the_real_builder_builds_and_the_real_runtime_asks_for_a_driver(folder, store, bundle):
+    """Built in a process of its own, kept in the cache, and opened as far as it goes here."""
+    backend = real(folder, store)
+    with pytest.raises(BackendUnavailable, match=r"driver is too old .*or missing") as caught:
+        backend.load(bundle.components["text_encoder"], Profile({"B": 1}))
+    assert "nvidia-smi" in caught.value.hint
+    (entry,) = store.entries()
+    assert entry.what["component"] == "text_encoder"
+    assert (entry.made["device"], entry.made["GPU"]) == ("sm89", "Fake GPU")
+    assert entry.size > bundle.components["text_encoder"].weights.stat().st_size
+
+
+def test_the_real_builder_has_no_sm90(folder, store, bundle):
+    """What an H100 is told."""
+    backend = real(folder, store, capability=(9, 0))
+    with pytest.raises(BackendUnavailable, match="does not build for sm90") as caught:
+        backend.load(bundle.components["text_encoder"], Profile({"B": 1}))
+    assert "sdengine doctor" in caught.value.hint
+    assert store.entries() == []
+
+
 def test_lanes_close_with_their_last_user(folder):
     device = FakeDevice(folder)
     lanes, one, two = Lanes(device), object(), object()
