@@ -73,7 +73,11 @@ def need(
     active = int(active * share) if together else int(active * share / 2)
     side = plan.vae_tile
     window = (h, w) if side is None else (min(h, side), min(w, side))
-    picture = memory.vae_bytes(bundle, *window) - memory.vae_bytes(bundle, 0, 0)
+    nothing = memory.vae_bytes(bundle, 0, 0)
+    if side is not None and plan.cuts:
+        picture = memory.band_bytes(bundle, h, w, side) - nothing
+    else:
+        picture = memory.vae_bytes(bundle, *window) - nothing
     copies = _copies(unet, table, together)
     parts = {
         "text_encoder": weight_bytes(bundle.component("text_encoder"), loading.precision),

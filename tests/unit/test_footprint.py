@@ -92,6 +92,16 @@ def test_what_makes_a_run_larger(bundle, table):
     assert tiled == plain, "a tile is what the networks see"
 
 
+def test_a_picture_in_bands_needs_its_maps_beside_a_tile(bundle, table):
+    """Two half-precision maps of 2048x2048 pixels, 32 wide, lie beside what one tile needs."""
+    cuts = {"vae_decoder": ("inner",)}
+    blended, banded = (
+        need(bundle, FLOAT, table, (256, 256), memory.Plan(32, None, "", c)).parts["vae_decoder"]
+        for c in ({}, cuts)
+    )
+    assert banded - blended >= 2 * 32 * 2 * 2048**2
+
+
 def test_every_compiled_shape_has_its_own_weights(bundle, table):
     """Rows with and without guidance are two shapes, unless the halves go apart."""
     mixed = replace(table, guidance=table.guidance.copy())
