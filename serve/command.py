@@ -188,7 +188,8 @@ def run(config: Config) -> None:
 def bind(host: str, port: int) -> socket.socket:
     """Before anything is loaded. Raises StorageError when the port is taken or not ours to take."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listening = socket.socket(family, socket.SOCK_STREAM)
+    # TCP by name: without, asyncio leaves Nagle's algorithm on, and each answer takes 40 ms more
+    listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host, port))

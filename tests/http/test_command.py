@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,18 @@ def test_what_keeps_it_from_starting(options, status, says):
     found = run(*options)
     assert found.returncode == status, found.stderr
     assert says in found.stderr
+
+
+def test_answers_are_not_held_back(fake):
+    """Nagle's algorithm and late acknowledgements together add 40 ms to every answer."""
+    with fake.client() as client:
+        client.get("/health/live")
+        seconds = []
+        for _ in range(20):
+            begun = time.perf_counter()
+            client.get("/metrics")
+            seconds.append(time.perf_counter() - begun)
+    assert min(seconds) < 0.03
 
 
 def test_models_by_name_title_and_hash(fake_bundle: Path):
