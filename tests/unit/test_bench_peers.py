@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import runpy
 import subprocess
 import sys
 from dataclasses import replace
@@ -319,6 +320,18 @@ def test_a_worker_script_starts_outside_of_the_package(tmp_path):
     )
     assert '"ok": false' in done.stdout
     assert "stable_diffusion_cpp" in done.stdout
+
+
+def test_steps_of_sdcpp_are_timed_from_the_call_that_says_0(monkeypatch):
+    """0.4.7 says (0, steps, 0.0) before the first step."""
+    space = runpy.run_path(str(catalogue.HERE / "worker_sdcpp.py"), run_name="worker")
+    clock = space["Steps"](2)
+    times = iter([10.0, 40.0, 65.0])
+    monkeypatch.setattr(space["time"], "perf_counter", lambda: next(times))
+    clock(7, 900, 0.1)  # tensors are loaded
+    for step, seconds in ((0, 0.0), (1, 30.0), (2, 27.5)):
+        clock(step, 2, seconds)
+    assert clock.rows == [30.0, 25.0]
 
 
 # --- environments and models -------------------------------------------------------------------
