@@ -15,6 +15,7 @@ from pathlib import Path
 from fastapi import FastAPI
 
 from ..engine.errors import MissingExtra
+from .own_files import OwnFiles
 from .served import Served
 
 
@@ -37,7 +38,9 @@ def mount(app: FastAPI, served: Served) -> None:
     theme = gr.themes.Default(font=system, font_mono=["ui-monospace", "monospace"])
     blocks = page(served, home)
     gr.mount_gradio_app(
-        app, blocks, path="/", theme=theme, show_error=True, ssr_mode=False, footer_links=[],
+        app, blocks, path="/", theme=theme, show_error=False, ssr_mode=False, footer_links=[],
         max_file_size=served.config.limits.body, run_history=False,
     )  # fmt: skip
+    blocks.has_launched = True  # Gradio's own look at paths is off until then
+    app.add_middleware(OwnFiles, home=home)
     app.state.page_files = files  # removed with the server

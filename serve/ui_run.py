@@ -5,6 +5,7 @@ checked by  tests/http/test_ui.py
 
 from __future__ import annotations
 
+import asyncio
 import io
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
@@ -56,7 +57,8 @@ class Page:
         same = gr.skip()
         given = dict(zip(names, values, strict=True))
         try:
-            job = self.served.submit(_ask(task, given))
+            ask = await asyncio.to_thread(_ask, task, given)
+            job = self.served.submit(ask)
         except SdengineError as error:
             yield "", _trouble(error), None, None, same
             return
@@ -68,7 +70,7 @@ class Page:
             if job.error is not None:
                 yield "", _trouble(job.error), None, None, same
                 return
-            new = [self._keep(job, i, made) for i, made in enumerate(job.made)]
+            new = await asyncio.to_thread(self._keep_all, job)
             said = f"{len(new)} made in {_seconds(job):.1f} s."
             told = [said, *(f"Warning: {text}" for text in job.warnings)]
             files = [
@@ -90,6 +92,9 @@ class Page:
     def how(self, history: list[Kept], index: int) -> str:
         there = [one for one in history if Path(one.file).is_file()]
         return there[index].text
+
+    def _keep_all(self, job: Job) -> list[Kept]:
+        return [self._keep(job, i, made) for i, made in enumerate(job.made)]
 
     def _keep(self, job: Job, index: int, made: Made) -> Kept:
         """The picture as a file, with its metadata in it; the oldest go when they are too many."""

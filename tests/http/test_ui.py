@@ -153,6 +153,19 @@ def test_the_history_has_it_all(page):
     shot(page, "history")
 
 
+def test_no_file_of_the_machine_is_read(server, tmp_path):
+    """What would be a file of the server's user, and an address, for the page's own functions."""
+    secret = tmp_path / "secret.png"
+    secret.write_bytes((PICTURES / "fox.png").read_bytes())
+    with server.client() as client:
+        functions = client.get("/config").json()["dependencies"]
+        for name in (str(secret), "http://127.0.0.1:1/fox.png"):
+            value = {"path": name, "meta": {"_type": "gradio.FileData"}}
+            body = {"data": [value] * 12, "fn_index": functions[0]["id"], "session_hash": "x"}
+            assert client.post("/gradio_api/queue/join", json=body).status_code == 403
+            assert client.get(f"/gradio_api/file={name}").status_code == 403
+
+
 def test_nothing_came_from_elsewhere_and_nothing_failed(page, server):
     """The last one: what the others fetched."""
     hosts = {url.split("/")[2] for url in page.asked if url.startswith("http")}
