@@ -76,9 +76,10 @@ def _group_memory(folder: Path) -> int | None:
     used = v2 if v2 else read(folder / "memory.usage_in_bytes")
     if limit is None or not used.isdecimal():
         return None
-    files = "inactive_file" if v2 else "total_inactive_file"
+    before = "" if v2 else "total_"
     stat = dict(line.split() for line in read(folder / "memory.stat").splitlines())
-    return limit - int(used) + int(stat.get(files, 0))
+    files = sum(int(stat.get(f"{before}{kind}_file", 0)) for kind in ("active", "inactive"))
+    return limit - int(used) + files
 
 
 def _group_quota(folder: Path) -> float | None:

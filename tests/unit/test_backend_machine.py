@@ -97,7 +97,11 @@ def test_memory_within_a_control_group_and_its_parents(tree):
     write(tree, "proc/self/cgroup", "0::/a.slice/b.scope\n")
     write(tree, "sys/fs/cgroup/a.slice/memory.max", f"{1000 * MIB}\n")
     write(tree, "sys/fs/cgroup/a.slice/memory.current", f"{700 * MIB}\n")
-    write(tree, "sys/fs/cgroup/a.slice/memory.stat", f"anon 5\ninactive_file {200 * MIB}\n")
+    write(
+        tree,
+        "sys/fs/cgroup/a.slice/memory.stat",
+        f"anon 5\nactive_file {50 * MIB}\ninactive_file {150 * MIB}\n",
+    )
     write(tree, "sys/fs/cgroup/a.slice/b.scope/memory.max", "max\n")
     write(tree, "sys/fs/cgroup/a.slice/b.scope/memory.current", f"{700 * MIB}\n")
     assert machine.available_memory(tree) == 500 * MIB
