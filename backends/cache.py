@@ -159,7 +159,7 @@ class Store:
             total -= entry.size
         return removed
 
-    def _keep(self, what: Key, made: Key, write: Callable[[BinaryIO], object]) -> Path:
+    def _keep(self, what: Key, made: Key, write: Callable[[BinaryIO], object]) -> Path | None:
         self.root.mkdir(parents=True, exist_ok=True)
         final = self._folder(what, made)
         partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=self.root))
@@ -181,7 +181,8 @@ class Store:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         self.prune()
-        return final / "data"
+        kept = final / "data"
+        return kept if kept.is_file() else None  # larger than all that may be kept
 
     def _put(self, partial: Path, final: Path) -> None:
         try:

@@ -253,3 +253,10 @@ def test_no_place_for_a_cache_is_said_and_no_error(monkeypatch, caplog):
     assert open_store() is None
     assert "compiled networks are not kept: " in caplog.text
     assert "set SDENGINE_CACHE" in caplog.text
+
+
+def test_what_is_larger_than_all_that_may_be_kept_is_not_kept(tmp_path):
+    """The caller goes on with what it compiled: there is no file to read back."""
+    store = Store(tmp_path, limit=10)
+    assert store.keep({"graph": "a"}, {"library": "1"}, lambda file: file.write(b"x" * 100)) is None
+    assert store.entries() == []
