@@ -24,7 +24,8 @@ from ..backends.plan_build import capabilities, check_capability, job_for, load
 from ..backends.plans import RTX, TRT
 from ..engine.bundle import MANIFEST, Bundle, ParityRecord, open_bundle
 from ..engine.errors import RequestError, UnknownName
-from ..engine.spec import Component, Precision
+from ..engine.safety import COMPONENT as CLASSIFIER
+from ..engine.spec import Component, Precision, is_band
 from ..engine.tokenizer import Tokenizer
 from . import write
 from .builds import Planned, check_memory, need, run_builds
@@ -66,14 +67,15 @@ def add_nvidia(
     bundle = open_bundle(path)
     _check(targets, precisions, ask, bundle)
     content = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    missing = [p for p in precisions if not all(p in c.typed for c in bundle.components.values())]
+    components = _traced(bundle)
+    missing = [p for p in precisions if not all(p in c.typed for c in components.values())]
     with write.partial_folder(path, _room(bundle, missing)) as folder:
         for name in bundle.files:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             link(path / name, folder / name)
         networks = {
             (n, p): c.typed[p]
-            for n, c in bundle.components.items()
+            for n, c in components.items()
             for p in precisions
             if p not in missing
         }
@@ -119,6 +121,11 @@ def _check(
         )
 
 
+def _traced(bundle: Bundle) -> dict[str, Component]:
+    """All that came from the checkpoint: a classifier's graph is somebody else's, and stays."""
+    return {name: c for name, c in bundle.components.items() if name != CLASSIFIER}
+
+
 def _room(bundle: Bundle, missing: Sequence[Precision]) -> int:
     weights = sum(c.weights.stat().st_size for c in bundle.components.values())
     return weights * len(missing)
@@ -150,7 +157,7 @@ def _add_typed(
     backend = Emulated()
     found: dict[tuple[str, Precision], Component] = {}
     records: list[ParityRecord] = []
-    steps = [(p, c) for p in precisions for c in bundle.components.values()]
+    steps = [(p, c) for p in precisions for c in _traced(bundle).values()]
     for i, (precision, component) in enumerate(steps):
         name = component.spec.name
         report(f"typed graphs of {name} in {precision}", 0.5 + 0.5 * i / len(steps))
@@ -204,6 +211,8 @@ def _add_engines(
     planned: dict[str, Planned] = {}
     for (name, precision), network in networks.items():
         for graph in network.graphs.values():
+            if is_band(graph.name):
+                continue  # of a size that follows from the tiles: built where one is used
             for dims in profiles(ask.shapes, bundle, network, graph):
                 for sm in ask.sms:
                     file = plans.engine_path(name, graph.name, precision, dims, sm)

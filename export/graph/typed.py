@@ -45,7 +45,9 @@ BF16_OPSET = 22  # the first one whose convolutions take bfloat16; else it is as
 
 PRODUCTS = frozenset({"Conv", "MatMul"})
 # float32 always; as their operands are; moving values about
-WIDE = frozenset(("InstanceNormalization", "LayerNormalization", "Softmax", "Cos", "Sin", "Exp"))
+WIDE = frozenset(
+    ("InstanceNormalization", "LayerNormalization", "Softmax", "Cos", "Sin", "Exp", "Sqrt")
+)
 PLAIN = frozenset(("Add", "Sub", "Mul", "Div", "Sigmoid", "Relu", "Gelu"))
 LAYOUT = frozenset(("Reshape", "Transpose", "Concat", "Split", "Slice", "Unsqueeze", "Squeeze",
                     "Expand", "Gather", "Pad", "Resize", "MaxPool"))  # fmt: skip
