@@ -376,6 +376,13 @@ def agree(component: Component, graph: Graph, inputs: set[str], outputs: set[str
             )
 
 
+def kept_by(component: Component, graph: Graph) -> frozenset[str]:
+    """Results that the caller only hands on, so that they may stay on a device; of a band none."""
+    if is_band(graph.name):
+        return frozenset()
+    return frozenset(t.name for t in graph.outputs) - {t.name for t in component.spec.outputs}
+
+
 def _names(graph: Graph) -> frozenset[str]:
     return frozenset(t.name for t in graph.inputs)
 

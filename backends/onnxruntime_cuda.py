@@ -23,7 +23,7 @@ from ..engine.paths import cache_dir
 from ..engine.ports import Array, Job, Probe, Step
 from ..engine.spec import Component, Graph, Precision, Profile, TensorSpec, named_dims
 from . import plans
-from .base import GraphBackend, Run, agree, first_line
+from .base import GraphBackend, Run, agree, first_line, kept_by
 from .cuda.board import TableBoard
 from .cuda.device import Device, Lane, device_index
 from .cuda.engines import EngineRun, Lanes, Messages, Opened
@@ -222,8 +222,7 @@ class OnnxCudaGraph:
         self._opened: Opened | None = Opened(engine)
         self._graph, self._lanes = graph, lanes
         self._whose = f"{component.spec.name}/{graph.name}"
-        own = {t.name for t in component.spec.outputs}
-        self._kept = frozenset(t.name for t in graph.outputs) - own
+        self._kept = kept_by(component, graph)
         lanes.enter(self)
 
     def open(self, held: Mapping[str, Array]) -> Run:

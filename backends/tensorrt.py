@@ -23,7 +23,7 @@ from ..engine.errors import ArtifactMismatch, BackendError, BackendUnavailable
 from ..engine.ports import Array, Job, Probe, Step
 from ..engine.spec import Component, Graph, Precision, Profile, named_dims
 from . import plans
-from .base import GraphBackend, Run, first_line
+from .base import GraphBackend, Run, first_line, kept_by
 from .cache import Store, open_store
 from .cuda.board import TableBoard
 from .cuda.device import MIB, Device, Facts, device_index
@@ -256,8 +256,7 @@ class EngineGraph:
         self._library, self._messages, self._graph, self._lanes = library, messages, graph, lanes
         self._opened: Opened | None = opened
         self._whose = f"{component.spec.name}/{graph.name}"
-        own = {t.name for t in component.spec.outputs}
-        self._kept = frozenset(t.name for t in graph.outputs) - own
+        self._kept = kept_by(component, graph)
         lanes.enter(self)
 
     def open(self, held: Mapping[str, Array]) -> Run:

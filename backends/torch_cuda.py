@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from ..engine.errors import BackendUnavailable
 from ..engine.ports import Array, Half, Handle, Job, Probe, Step
 from ..engine.spec import Component, Graph, Precision, Profile
 from ..engine.table import Row
-from .base import Compiled, Run, first_line
+from .base import Compiled, Run, first_line, kept_by
 from .cuda.device import device_index
 from .denoise import Rings, denoise, halves_of, slots_of
 from .torch import Answer, Torch, loaded
@@ -85,10 +86,9 @@ class TorchCuda(Torch):
             module = self._modules[key] = self.prepared(module, profile.precision)
         # The text encoder runs twice a picture and asks the host where its tokens end.
         captured = _mode() != "eager" and component.spec.name != "text_encoder"
-        own = {t.name for t in component.spec.outputs}
         return TorchCudaNetwork(
             self.answer(module, graph), graph, self._place,
-            captured=captured and self._place.type == "cuda", own=own,
+            captured=captured and self._place.type == "cuda", kept=kept_by(component, graph),
         )  # fmt: skip
 
     def prepared(self, module: nn.Module, precision: Precision) -> nn.Module:
@@ -126,11 +126,12 @@ class TorchCudaNetwork:
     """One graph of a network; shapes -> the captured call of them."""
 
     def __init__(
-        self, answer: Answer, graph: Graph, place: torch.device, *, captured: bool, own: set[str]
-    ) -> None:
+        self, answer: Answer, graph: Graph, place: torch.device, *, captured: bool,
+        kept: frozenset[str],
+    ) -> None:  # fmt: skip
         self._answer: Answer | None = answer
         self.graph, self.place, self._captured = graph, place, captured
-        self.kept = frozenset(t.name for t in graph.outputs) - own
+        self.kept = kept
         self._calls: dict[tuple[tuple[str, tuple[int, ...]], ...], Call] = {}
 
     def open(self, held: Mapping[str, Array]) -> Run:
@@ -168,6 +169,7 @@ class Call:
         import torch
 
         self._answer, self._left = answer, WARM if captured else -1
+        self._place = place
         self._graph: Any = None
         self._outputs: dict[str, Tensor] = {}
         self.user: object = None
@@ -181,7 +183,8 @@ class Call:
 
     def run(self) -> dict[str, Tensor]:
         if self._graph is not None:
-            self._graph.replay()
+            with self._here():
+                self._graph.replay()
             return self._outputs
         if self._left == 0:
             self._capture()
@@ -197,14 +200,22 @@ class Call:
         with torch.inference_mode(), fused_attention():
             return {n: x.float() for n, x in self._answer(**self.inputs).items()}
 
+    def _here(self) -> AbstractContextManager[Any]:
+        """Captures and replays go to torch's current GPU, wherever their tensors lie."""
+        import torch
+
+        cuda = self._place.type == "cuda"
+        return torch.cuda.device(self._place) if cuda else nullcontext()
+
     def _capture(self) -> None:
         import torch
 
         graph = torch.cuda.CUDAGraph()
         try:
-            torch.cuda.synchronize()
-            with torch.cuda.graph(graph):
-                outputs = self._once()
+            with self._here():
+                torch.cuda.synchronize()
+                with torch.cuda.graph(graph):
+                    outputs = self._once()
         except RuntimeError as error:
             log.warning("a network cannot be captured, and runs as it is: %s", first_line(error))
             self._left = -1

@@ -53,6 +53,9 @@ def count(cuda: Any) -> int:
     return int(number) if status == cuda.CUresult.CUDA_SUCCESS else 0
 
 
+_CURRENT = threading.local()  # whose GPU each thread works with now
+
+
 class Driver:
     """`device.Device` on GPU number `index`, counted after CUDA_VISIBLE_DEVICES.
 
@@ -78,7 +81,6 @@ class Driver:
             )
         self._device = self._call("cuDeviceGet", index)
         self._context = self._call("cuDevicePrimaryCtxRetain", self._device)
-        self._here = threading.local()
         self._kernels: dict[Kernel, Any] = {}
 
     def facts(self) -> Facts:
@@ -96,10 +98,10 @@ class Driver:
         return Facts(self.index, name, (major, minor), self._version, int(total), int(free))
 
     def enter(self) -> None:
-        """Every thread that works with the GPU says so once; engines of a library count too."""
-        if not getattr(self._here, "entered", False):
+        """What this thread does next is this GPU's; engines of a library count too."""
+        if getattr(_CURRENT, "driver", None) is not self:
             self._call("cuCtxSetCurrent", self._context)
-            self._here.entered = True
+            _CURRENT.driver = self
 
     def allocate(self, size: int) -> int:
         self.enter()

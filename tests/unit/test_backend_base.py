@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sdengine.backends.base import GraphBackend
+from sdengine.backends.base import GraphBackend, kept_by
 from sdengine.engine.errors import (
     BackendError,
     BackendUnavailable,
@@ -364,3 +364,15 @@ def test_closing_reaches_the_views_of_all_graphs():
     session.close()
     with pytest.raises(SessionClosed, match=r"net/deep \(numpy, f32\) was closed"):
         view(REST)
+
+
+def test_what_a_caller_only_hands_on_may_stay_on_a_device():
+    """Features may; what a band gives the caller works on, with numpy."""
+    features = TensorSpec("features0", "float32", ("B", 4))
+    deep = Graph("deep", Path("deep.onnx"), "", (X,), (Y, features), None)
+    band = Graph("outer1", Path("outer1.onnx"), "", (X,), (features, SUM), None)
+    spec = ComponentSpec("unet", (X,), (Y,))
+    both = {"deep": deep, "outer1": band}
+    component = Component(spec, both, Path("w.safetensors"), "", {}, key="")
+    assert kept_by(component, deep) == {"features0"}
+    assert kept_by(component, band) == frozenset()
