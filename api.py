@@ -32,13 +32,14 @@ from .engine.paths import cache_dir
 from .engine.pipeline import Pipeline
 from .engine.ports import Backend, Denoiser, Probe, Session
 from .engine.presets import PRESETS
-from .engine.spec import PRECISIONS, Precision, Profile
+from .engine.spec import PRECISIONS, Precision, Profile, bands_of
 
 log = logging.getLogger("sdengine")
 
 EMBEDDED = {"emoji": Path(__file__).parent / "models" / "emoji"}
 DEFAULT = "emoji"  # what runs where no model is named
 KEPT_SHAPES = 4  # compiled shapes of one network that stay loaded
+KEPT_BANDS = 8  # of one in bands: the whole, and tiles at each of its resolutions
 
 Progress = Callable[[str, float], None]
 
@@ -92,6 +93,8 @@ def load(
         bundle, chosen, precision, plan.threads, like=like, low_memory=low_memory
     )
     about = {"version": __version__, "backend": chosen.name, "precision": precision, **meanwhile}
+    if chosen.name in backends.GPU or device not in (None, "CPU"):
+        return Pipeline(bundle, sessions, about)  # the machine's memory says nothing of theirs
     loading = Loading(precision, low_memory)
     return Pipeline(bundle, sessions, about, machine.available_memory(), loading)
 
@@ -316,10 +319,11 @@ class EngineSessions:
 
     def _make_room(self, component: str) -> None:
         if self._low_memory:
-            self.close()
-            return
+            for key in [key for key in self._open if key[0] != component]:
+                self._open.pop(key).close()
+        most = KEPT_BANDS if bands_of(self._bundle.components[component]) else KEPT_SHAPES
         held = [key for key in self._open if key[0] == component]
-        if len(held) >= KEPT_SHAPES:
+        if len(held) >= most:
             self._open.pop(held[0]).close()
 
     def close(self) -> None:

@@ -181,6 +181,7 @@ def run(
             held = {session.spec.inputs[0].name: held[""]}
         if name == "inner":
             held = {n: Map.of(x) for n, x in _call(session, held, None, None).items()}
+            session.close()
             continue
         held, statistics = _band(session, held, statistics, side)
         session.close()

@@ -88,6 +88,14 @@ def test_a_network_is_gone_when_the_next_is_asked_for(bundle, backend):
     assert held("unet", UNET) is held("unet", UNET)
 
 
+def test_one_network_may_be_held_in_two_shapes(bundle, backend):
+    """As guidance does whose rows take one half or both, by turns."""
+    held = sessions(bundle, backend, low_memory=True)
+    one, both = held("unet", UNET), held("unet", {**UNET, "B": 1})
+    assert (held("unet", UNET), held("unet", {**UNET, "B": 1})) == (one, both)
+    assert len(backend.loaded) == 2
+
+
 def test_what_is_expected_is_loaded_beside(bundle, backend):
     held = sessions(bundle, backend)
     backend.gate.clear()
