@@ -2,9 +2,9 @@
 unpacked .tar. It goes into the pack as it stands here: nothing but the standard library.
 
     PREFIX/models/NAME      the bundle, read-only
-    PREFIX/env-ID           a virtual environment of this pack
+    PREFIX/env-ID           a virtual environment of this pack; env-ID-again where the first runs
     PREFIX/bin/sdengine     a link into it, replaced in one step: an update is all or nothing
-    PREFIX/share            the systemd unit
+    PREFIX/share            the systemd unit, which names this prefix and this bundle
 
 checked by  tests/serve/test_pack.py
 """
@@ -27,6 +27,8 @@ from typing import Any, BinaryIO, cast
 CHUNK = 2**20
 FACTS = "pack.json"
 LOCK = 0o444, 0o555  # of files, of folders
+UMASK = 0o022  # root's may be 077: the unit's user could not enter
+UNIT = "sdengine.service"
 
 
 class Trouble(Exception):
@@ -81,6 +83,7 @@ def main(arguments: list[str] | None = None, place: Path | None = None) -> int:
     parser.add_argument("--no-check", action="store_true", help="make no picture at the end")
     asked = parser.parse_args(arguments)
     here = Path(sys.argv[0]) if place is None else place
+    before = os.umask(UMASK)
     try:
         pack = Pack(here)
         if asked.facts:
@@ -93,6 +96,8 @@ def main(arguments: list[str] | None = None, place: Path | None = None) -> int:
     except OSError as error:
         sys.stderr.write(f"error: {error}\n\nhint: check space and permissions below --prefix\n")
         return 1
+    finally:
+        os.umask(before)
     return 0
 
 
@@ -108,9 +113,10 @@ def install(pack: Pack, prefix: Path, *, check: bool) -> None:
         wheels = Path(scratch) / "wheels"
         pack.unpack("wheels", wheels)
         environment = make_environment(facts, prefix, wheels)
-        pack.unpack("share", prefix / "share")
-    if check:
-        check_picture(environment, model)
+        pack.unpack("share", Path(scratch) / "share")
+        if check:
+            check_picture(environment, model)
+        place_unit(Path(scratch) / "share" / UNIT, prefix, model)
     binaries = prefix / "bin"
     binaries.mkdir(exist_ok=True)
     fresh = binaries / ".sdengine"
@@ -167,6 +173,9 @@ def place_model(pack: Pack, scratch: Path, model: Path) -> None:
 def make_environment(facts: dict[str, Any], prefix: Path, wheels: Path) -> Path:
     """A virtual environment with what the wheels hold; pip itself is one of them."""
     environment = prefix / f"env-{facts['id'][:12]}"
+    live = (prefix / "bin" / "sdengine").resolve()
+    if live.is_relative_to(environment.resolve()):  # this very pack is what runs
+        environment = environment.with_name(f"{environment.name}-again")
     shutil.rmtree(environment, ignore_errors=True)  # half of an earlier try
     call([sys.executable, "-m", "venv", "--without-pip", str(environment)], "making it")
     pip = next(wheels.glob("pip-*.whl"))
@@ -174,6 +183,17 @@ def make_environment(facts: dict[str, Any], prefix: Path, wheels: Path) -> Path:
     options = ["--no-index", "--no-cache-dir", "--disable-pip-version-check", "--find-links"]
     call([*command, *options, str(wheels), facts["requirement"]], "filling it")
     return environment
+
+
+def place_unit(unit: Path, prefix: Path, model: Path) -> None:
+    """With the real places in it (`%` is systemd's own sign), replaced in one step."""
+    text = unit.read_text()
+    for known, real in (("models/emoji", f"models/{model.name}"), ("/opt/sdengine", str(prefix))):
+        text = text.replace(known, real.replace("%", "%%"))
+    unit.write_text(text)
+    place = prefix / "share" / UNIT
+    place.parent.mkdir(exist_ok=True)
+    os.replace(unit, place)
 
 
 def check_picture(environment: Path, model: Path) -> None:

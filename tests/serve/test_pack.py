@@ -120,7 +120,9 @@ def test_it_installs_itself_without_an_index(made: Path, fake_bundle: Path, tmp_
     prefix = tmp_path / "opt"
     command = [sys.executable, made, "--prefix", prefix]
     nowhere = {**os.environ, "PIP_INDEX_URL": "http://127.0.0.1:9/simple"}
-    result = subprocess.run(command, capture_output=True, text=True, check=False, env=nowhere)
+    result = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=nowhere, umask=0o077
+    )
     assert result.returncode == 0, result.stderr
     told = json.loads(result.stdout)
     model = prefix / "models" / "tiny"
@@ -132,7 +134,12 @@ def test_it_installs_itself_without_an_index(made: Path, fake_bundle: Path, tmp_
     assert open_bundle(model, verify=True).id == open_bundle(fake_bundle).id
     modes = {stat.S_IMODE(path.stat().st_mode) & 0o222 for path in (model, *model.rglob("*"))}
     assert modes == {0}, "the bundle is read-only"
-    assert (prefix / "share" / "sdengine.service").is_file()
+    shut = [path for path in (prefix, *prefix.rglob("*")) if not path.stat().st_mode & 0o004]
+    assert not shut, "another user, as of the unit, reads all of it"
+    unit = (prefix / "share" / "sdengine.service").read_text()
+    assert f"ExecStart={prefix}/bin/sdengine serve " in unit
+    assert f"SDENGINE_ARGS=--model={model}\n" in unit
+    assert "/opt/sdengine" not in unit.replace(str(prefix), "")
     assert not list(prefix.glob(".pack-*"))
 
 
@@ -149,6 +156,41 @@ def test_an_update_that_fails_leaves_what_ran(
     assert "absent" in said
     assert "hint: to see it again: " in said
     assert os.readlink(binaries / "sdengine") == "../env-before/bin/sdengine"
+
+
+def test_the_same_pack_again_leaves_what_runs_until_all_is_there(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The environments are files with a number in the place of Python's."""
+    prefix, fails = tmp_path / "100%", False
+    program, count = prefix / "bin" / "sdengine", iter(range(9))
+
+    def call(command: list[str], what: str) -> None:
+        if what == "making it":
+            own = Path(command[-1]) / "bin" / "sdengine"
+            own.parent.mkdir(parents=True)
+            own.write_text(str(next(count)))
+        if fails and what == "a first picture":
+            raise installer.Trouble("it makes none", "none")
+
+    def install() -> int:
+        return installer.main(["--prefix", str(prefix)], made)
+
+    monkeypatch.setattr(installer, "call", call)
+    assert install() == 0
+    assert program.read_text() == "0"
+    unit = prefix / "share" / "sdengine.service"
+    assert f"ExecStart={tmp_path}/100%%/bin/sdengine serve" in unit.read_text()
+    unit.write_text("of what runs")
+    fails = True
+    assert install() == 1
+    assert (program.read_text(), unit.read_text()) == ("0", "of what runs")
+    fails = False
+    for number in ("2", "3"):
+        assert install() == 0
+        assert program.read_text() == number
+    assert len(list(prefix.glob("env-*"))) == 2
+    assert unit.read_text() != "of what runs"
 
 
 def test_an_engine_that_makes_no_picture_is_not_taken(tmp_path: Path) -> None:
