@@ -189,7 +189,8 @@ def pictures(
     on_step: Callable[[Progress], None] | None = None,
     given: Mapping[str, Any] | None = None,
 ) -> Iterator[Made | Failed]:
-    """The pictures of one job, each as soon as it is there, encoded.
+    """The pictures of one job, each as soon as it is there, encoded. After a failure those that
+    are left are made one by one: else each start would stop at the same one, the rest untried.
 
     given       the pictures that it is made from, where their paths say nothing here
     """
@@ -206,7 +207,11 @@ def pictures(
                 yield Made(job.items[done], data, now - last, tuple(result.warnings))
                 last, done = now, done + 1
     except SdengineError as error:
-        yield Failed(job.items[done:], error)
+        if len(job.items) == 1:
+            yield Failed(job.items, error)
+            return
+        for one in job.apart()[done:]:
+            yield from pictures(pipe, one, on_step, given)
 
 
 def _together(

@@ -16,7 +16,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..engine.errors import BackendError, BackendUnavailable, BundleError, MissingExtra
+from ..engine.errors import (
+    BackendError,
+    BackendUnavailable,
+    BundleError,
+    MissingExtra,
+    StorageError,
+)
 from .batch import Failed, Made, Report, pictures
 from .plan import Item, Job
 
@@ -110,9 +116,14 @@ class Cluster:
         while waiting or running:
             while waiting and len(running) < AHEAD * _workers(ray, each):
                 job = waiting.pop()
-                asked = (self._model, self._bundle, loading, job, _contents(job))
-                running[task.remote(*asked)] = job
-            ready, _ = ray.wait(list(running), num_returns=1)
+                try:
+                    contents = _contents(job)
+                except StorageError as error:
+                    yield Failed(job.items, error)
+                    done += len(job.items)
+                    continue
+                running[task.remote(self._model, self._bundle, loading, job, contents)] = job
+            ready = ray.wait(list(running), num_returns=1)[0] if running else []
             for reference in ready:
                 job = running.pop(reference)
                 yield from self._found(ray, reference, job)
@@ -141,9 +152,15 @@ def _workers(ray: Any, each: Mapping[str, float]) -> int:
 
 
 def _contents(job: Job) -> dict[str, bytes]:
-    """The pictures given to it, by their paths here."""
+    """The pictures given to it, by their paths here. Raises StorageError."""
     paths = [p for v in job.items[0].pictures.values() for p in ([v] if isinstance(v, str) else v)]
-    return {path: Path(path).read_bytes() for path in paths}
+    try:
+        return {path: Path(path).read_bytes() for path in paths}
+    except OSError as error:
+        raise StorageError(
+            f"line {job.items[0].line}: cannot read {error.filename}: {error.strerror or error}",
+            hint="it was there when the lines were checked: put it back, and start again",
+        ) from None
 
 
 def make(

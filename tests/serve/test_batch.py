@@ -206,6 +206,32 @@ def test_a_failure_stops_the_batch_or_is_gone_past(
     assert (mended.made, mended.already, mended.whole) == (2, 2, True)
 
 
+def test_a_picture_that_fails_does_not_take_those_after_it_along(
+    fake_bundle: Path, write_lines: Write, tmp_path: Path
+) -> None:
+    line = {"prompt": "fox", "seed": 20, "count": 5, "steps": 2}
+    wanted = planned(write_lines(line), fake_bundle)
+    batch.run(wanted, tmp_path / "whole", local(fake_bundle))
+    with api.load(fake_bundle, backend="fake") as pipe:
+        stream = pipe.stream
+
+        def stumbling(request: Any, **options: Any) -> Iterator[Any]:
+            for k, result in enumerate(stream(request, **options)):
+                if request.seed + k == 22:
+                    raise NumericsError("NaN in unet", hint="use f32")
+                yield result
+
+        pipe.stream = stumbling  # type: ignore[method-assign]
+        engine = batch.Local(lambda preset: nullcontext(pipe))
+        outcome = batch.run(wanted, tmp_path / "out", engine, keep_going=True)
+    assert (outcome.made, outcome.failed) == (4, 1)
+    (failed,) = [row for row in rows(tmp_path / "out") if "failed" in row]
+    assert failed["failed"] == [wanted[2].name]
+    for item in (*wanted[:2], *wanted[3:]):
+        made, whole = (tmp_path / where / item.name for where in ("out", "whole"))
+        assert made.read_bytes() == whole.read_bytes()
+
+
 def test_presets_are_loaded_one_after_another(
     fake_bundle: Path, write_lines: Write, tmp_path: Path
 ) -> None:

@@ -26,6 +26,7 @@ from sdengine.engine.errors import (
     BundleError,
     MissingExtra,
     RequestError,
+    StorageError,
     UnknownName,
 )
 from sdengine.serve import batch, lines, plan, ray_batch
@@ -171,6 +172,27 @@ def test_what_ray_gives_up_on_is_a_failure_of_that_line_alone(
     assert isinstance(failures[0].error, BackendError)
     assert failures[0].error.message == "line 2: Ray could not do it: the worker died"
     assert "ray status" in failures[0].error.hint
+
+
+def test_a_given_file_that_vanished_is_a_failure_of_its_line_alone(
+    on_ray: Callable[..., StandIn], fake_bundle: Path, write_lines: Write, tmp_path: Path
+) -> None:
+    picture = tmp_path / "in.png"
+    Image.fromarray(np.full((64, 128, 3), 99, np.uint8)).save(picture)
+    own = {"prompt": "fox", "image": "in.png", "steps": 2}
+    alone = planned(write_lines(own), fake_bundle)
+    wanted = planned(write_lines(own, "bear"), fake_bundle)
+    picture.unlink()
+    on_ray({"CPU": 1.0})
+    failures: list[batch.Failed] = []
+    hooks = batch.Hooks(on_failure=failures.append)
+    engine = cluster(fake_bundle)
+    outcome = batch.run(wanted, tmp_path / "out", engine, keep_going=True, hooks=hooks)
+    assert (outcome.made, outcome.failed) == (1, 1)
+    assert failures[0].error.message.startswith(f"line 1: cannot read {picture}: No such file")
+    assert "put it back" in failures[0].error.hint
+    with pytest.raises(StorageError, match="cannot read"):
+        batch.run(alone, tmp_path / "alone", engine)
 
 
 def test_a_machine_with_another_bundle_is_refused(
