@@ -82,6 +82,13 @@ def batch(
         str | None, typer.Option(help="Of the arithmetic; without it, the fastest proved one.")
     ] = None,
     threads: Annotated[int | None, typer.Option(help="Processor threads.")] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="OpenVINO: CPU, GPU, GPU.1, NPU, AUTO. NVIDIA backends: cuda, cuda:1."),
+    ] = None,
+    low_memory: Annotated[
+        bool | None, typer.Option("--low-memory", help="Keep one network at a time in memory.")
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one line of JSON in place of the paths.")
     ] = False,
@@ -112,7 +119,7 @@ def batch(
     for one in found.bad:
         _say(f"left out: {one.text()}")
     wanted = plan.items(found.good, bundle.id, how, suffix)
-    loading = {**how, **_given(threads=threads)}
+    loading = {**how, **_given(threads=threads, device=device, low_memory=low_memory)}
     engine: Engine = batches.Local(lambda preset: api.load(place, **loading, preset=preset))
     if ray is not None:
         from .ray_batch import Cluster

@@ -84,7 +84,7 @@ class Cluster:
     """address     see `connect`
     model       as each machine finds it: an embedded name, or the path of a bundle
     bundle      its id: a machine that has another one there is refused
-    loading     backend, precision, threads
+    loading     backend, precision, threads, device, low_memory
     cpus, gpus  of one worker; None: see `resources`
     """
 

@@ -232,6 +232,22 @@ def test_a_picture_that_fails_does_not_take_those_after_it_along(
         assert made.read_bytes() == whole.read_bytes()
 
 
+def test_the_command_opens_the_model_as_it_is_told(
+    fake_bundle: Path, write_lines: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+    load = api.load
+
+    def noted(place: Any, **how: Any) -> Any:
+        asked.append(how)
+        return load(fake_bundle, backend="fake")
+
+    monkeypatch.setattr(api, "load", noted)
+    words = ("batch", write_lines("fox"), "--out", tmp_path / "out", "--model", fake_bundle)
+    sdengine(*words, "--device", "GPU.1", "--low-memory")
+    assert asked == [{"device": "GPU.1", "low_memory": True, "preset": None}]
+
+
 def test_presets_are_loaded_one_after_another(
     fake_bundle: Path, write_lines: Write, tmp_path: Path
 ) -> None:
