@@ -61,10 +61,10 @@ def application(args: Mapping[str, Any]) -> Any:
     """For `serve deploy` and KubeRay: `import_path: sdengine.serve.ray_serve:application`.
 
     models      name -> what `sdengine serve --model` takes
-    token_file  who may ask; without it, everybody whom the cluster's network lets in
+    token_file  who may ask: the cluster's network reaches it, so it does not start without
     cpus, gpus, replicas   of one replica, and how many at most
     backend, precision, queue   as the options of `sdengine serve`
-    raises      RequestError for any other name
+    raises      RequestError for any other name, and without a token; StorageError
     """
     from ..api import find_model
     from .tokens import read_tokens
@@ -77,12 +77,17 @@ def application(args: Mapping[str, Any]) -> Any:
             f"unknown arguments of the application: {', '.join(strange)}",
             hint=f"it takes {', '.join(sorted(known))}",
         )
-    models = {name: find_model(place) for name, place in args["models"].items()}
     file = args.get("token_file")
+    if file is None:
+        raise RequestError(
+            "the application is reached from other machines, and there is no token",
+            hint="give args.token_file, a path in every pod: see deploy/kuberay.yaml",
+        )
+    models = {name: find_model(place) for name, place in args["models"].items()}
     own = Config(models)
     config = replace(
         own,
-        tokens=() if file is None else read_tokens(Path(file)),
+        tokens=read_tokens(Path(file)),
         queue=args.get("queue", own.queue),
         engine=Engine(
             backend=args.get("backend", own.engine.backend), precision=args.get("precision")

@@ -129,6 +129,9 @@ def test_arguments_that_make_no_sense(on_serve: Callable[..., StandIn]) -> None:
     with pytest.raises(RequestError, match="unknown arguments of the application: gpu") as caught:
         ray_serve.application({"models": {"emoji": "emoji"}, "gpu": 1})
     assert "gpus" in caught.value.hint
+    with pytest.raises(RequestError, match="there is no token") as caught:
+        ray_serve.application({"models": {"emoji": "emoji"}})
+    assert "args.token_file" in caught.value.hint
     with pytest.raises(StorageError):
         ray_serve.application({"models": {"emoji": "emoji"}, "token_file": "/no/such/file"})
 
