@@ -79,6 +79,7 @@ class UnknownName(RequestError):
 
     def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
         names = sorted(known)
+        name = name[:80]  # it may be anybody's, of any length
         near = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.4)
         self.name, self.near = name, near
         hint = f"did you mean {' or '.join(repr(n) for n in near)}? " if near else ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import secrets
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -15,6 +14,7 @@ from .images import Pixels
 from .inputs import RESIZES
 
 SEED_END = 2**32
+LONGEST_WORD = 64  # characters of a name, a colour, a number
 MIN_SIDE, MAX_SIDE = 16, 4096
 
 
@@ -143,10 +143,11 @@ class Request:
                     f"{name} is {type(getattr(self, name)).__name__}, not text",
                     hint=f"give {name} as a str; bytes must be decoded first",
                 )
+        self._check_words()
         for name in _FLAGS:
             if not isinstance(getattr(self, name), bool):
                 raise RequestError(
-                    f"{name} is {getattr(self, name)!r}, not true or false",
+                    f"{name} is {_shown(getattr(self, name))}, not true or false",
                     hint=f"give {name} as True or False",
                 )
         for name, low, high in _WHOLE:
@@ -157,7 +158,7 @@ class Request:
         for name, known in NAMES_OF.items():
             value = getattr(self, name)
             if value is not None and value not in known:
-                raise UnknownName(name.replace("_", "-"), str(value), known)
+                raise UnknownName(name.replace("_", "-"), value, known)
         for name in _LISTS:
             self._check_list(name)
         for name in ("seed", "variation_seed"):
@@ -179,11 +180,32 @@ class Request:
                 hint="give --variation-seed, the seed to turn towards",
             )
 
+    def _check_words(self) -> None:
+        """What is compared, looked up or sent on later: of a plain type, and short."""
+        for name in NAMES_OF:
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                raise RequestError(
+                    f"{name} is {_shown(value)}, not a name",
+                    hint=f"give {name} as one of: {', '.join(NAMES_OF[name])}",
+                )
+        if len(self.background) > LONGEST_WORD:
+            raise RequestError(
+                f"background has {len(self.background)} characters, more than any colour",
+                hint="give a colour name such as white or grey, or #rrggbb",
+            )
+        plain = isinstance(self.tile, (int, str)) and not isinstance(self.tile, bool)
+        if not plain or len(_shown(self.tile)) > LONGEST_WORD:
+            raise RequestError(
+                f"tile is {_shown(self.tile)}, no side of a tile",
+                hint="give auto, off, or a number of latent cells such as 64",
+            )
+
     def _resolve_sampler(self) -> None:
         """Another tool's name of a sampler becomes ours, with the schedule that it means."""
         if self.sampler is None:
             return
-        sampler, spacing = solvers.resolve(str(self.sampler))
+        sampler, spacing = solvers.resolve(self.sampler)
         object.__setattr__(self, "sampler", sampler)
         if self.schedule is None and self.sigmas is None and self.timesteps is None:
             object.__setattr__(self, "schedule", spacing)
@@ -194,7 +216,7 @@ class Request:
             return
         if not isinstance(values, (tuple, list)):
             raise RequestError(
-                f"{name} is {values!r}, not a list", hint=f"give {name} as a list of numbers"
+                f"{name} is {_shown(values)}, not a list", hint=f"give {name} as a list of numbers"
             )
         object.__setattr__(self, name, tuple(values))  # JSON has lists alone
         low, high, count = _LISTS[name]
@@ -344,16 +366,26 @@ NAMES_OF: Mapping[str, Collection[str]] = {
 }
 
 
+def _shown(value: Any) -> str:
+    """For a message: of what may be deep, long or huge its type alone, or its beginning."""
+    if isinstance(value, int) and abs(value) > 2**64:
+        return "a number of more than 64 bits"
+    if isinstance(value, (str, int, float)):
+        text = repr(value[: LONGEST_WORD + 1] if isinstance(value, str) else value)
+        return text if len(text) <= LONGEST_WORD + 2 else f"{text[:LONGEST_WORD]}..."
+    return type(value).__name__
+
+
 def _check_whole(name: str, value: Any, low: int, high: int) -> None:
     if value is None and name not in ("count", "batch_size"):
         return
     if isinstance(value, bool) or not isinstance(value, int):
         raise RequestError(
-            f"{name} is {value!r}, not a whole number", hint=f"give {name} as {low} to {high}"
+            f"{name} is {_shown(value)}, not a whole number", hint=f"give {name} as {low} to {high}"
         )
     if not low <= value <= high:
         raise RequestError(
-            f"{name} is {value}; it must lie in {low} to {high}",
+            f"{name} is {_shown(value)}; it must lie in {low} to {high}",
             hint=f"give {name} a value in that range",
         )
 
@@ -362,9 +394,9 @@ def _check_real(name: str, value: Any, low: float, high: float) -> None:
     if value is None and name not in ("mask_blur", "s_noise", "variation_strength"):
         return
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not low <= value <= high:
+    if not number or not low <= value <= high:  # NaN and infinity lie nowhere
         raise RequestError(
-            f"{name} is {value!r}; it must be a number from {low:g} to {high:g}",
+            f"{name} is {_shown(value)}; it must be a number from {low:g} to {high:g}",
             hint=f"give {name} a value in that range",
         )
 

@@ -44,6 +44,15 @@ BAD = [
     ({"safety": "on"}, "unknown safety", "block"),
     ({"noise": "cuda"}, "unknown noise", "torch"),
     ({"paste": 1}, "paste is 1", "True or False"),
+    ({"paste": [[1]]}, "paste is list", "True or False"),
+    ({"sampler": []}, "sampler is list, not a name", "dpmpp_2m"),
+    ({"task": {}}, "task is dict, not a name", "img2img"),
+    ({"guidance": 10**400}, "guidance is a number of more than 64 bits", "range"),
+    ({"width": -(10**5000)}, "width is a number of more than 64 bits", "range"),
+    ({"tile": [[8]]}, "tile is list", "auto, off"),
+    ({"tile": True}, "tile is True", "auto, off"),
+    ({"tile": "9" * 10**6}, r"tile is '9{10,80}\.\.\.", "auto, off"),
+    ({"background": "A" * 10**6}, "background has 1000000 characters", "#rrggbb"),
 ]
 
 
@@ -53,6 +62,12 @@ def test_refused_with_a_hint(fields, message, hint):
         Request(**fields)
     assert hint in caught.value.hint
     assert caught.value.exit_code == 2
+
+
+def test_an_unknown_name_of_any_length_is_told_in_short():
+    with pytest.raises(UnknownName) as caught:
+        Request(resize="x" * 10**6)
+    assert len(caught.value.message) < 120
 
 
 def test_zero_and_empty_are_legal():
