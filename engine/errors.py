@@ -32,6 +32,7 @@ SdengineError
 └── ServeError              a server cannot do it, or not now
     ├── QueueFull           as many requests wait as may wait
     ├── Stopping            it is going down and takes no more
+    ├── NoWorker            none can be started; starting is tried again for ever
     ├── WorkerLost          the engine's process died or hung, twice with the same request
     ├── DeadlinePassed      the time that the request was given is over
     ├── Cancelled           somebody called the request off
@@ -203,6 +204,10 @@ class QueueFull(ServeError):
 
 
 class Stopping(ServeError):
+    pass
+
+
+class NoWorker(ServeError):
     pass
 
 

@@ -48,9 +48,12 @@ class Child:
     async def start(self) -> None:
         """Started and warm. Raises SdengineError when the model cannot be opened, WorkerLost."""
         pipe = asyncio.subprocess.PIPE
-        self._process = await asyncio.create_subprocess_exec(
-            *self._command, stdin=pipe, stdout=pipe, start_new_session=True, limit=2**20,
-        )  # fmt: skip
+        try:
+            self._process = await asyncio.create_subprocess_exec(
+                *self._command, stdin=pipe, stdout=pipe, start_new_session=True, limit=2**20,
+            )  # fmt: skip
+        except OSError as error:
+            raise _lost(f"it cannot be started: {error}") from None
         config = self._config
         models = {name: str(path) for name, path in config.models.items()}
         await self._send("begin", models=models, engine=asdict(config.engine), memory=config.memory)
@@ -111,7 +114,10 @@ class Child:
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(wire.pack(kind, fields, blobs))
-            await self._process.stdin.drain()
+            async with asyncio.timeout(self._config.open_s):
+                await self._process.stdin.drain()
+        except TimeoutError:
+            raise _lost(f"it took nothing for {self._config.open_s:g} s") from None
         except (OSError, RuntimeError):
             raise _lost("it takes no more") from None
 

@@ -10,7 +10,7 @@
 | what does not fit the API's schema | 422 (OpenAI: 400) |
 | QueueFull | 429, Retry-After |
 | the engine failed; its process was lost twice | 500 |
-| Stopping; a bundle that is gone or damaged | 503, Retry-After |
+| Stopping; no worker that starts; a bundle that is gone or damaged | 503, Retry-After |
 | DeadlinePassed | 504 |
 """
 
@@ -36,6 +36,7 @@ STATUS: tuple[tuple[type[SdengineError], int], ...] = (
     (errors.TooLarge, 413),
     (errors.QueueFull, 429),
     (errors.Stopping, 503),
+    (errors.NoWorker, 503),
     (errors.BundleError, 503),
     (errors.DeadlinePassed, 504),
     (SdengineError, 500),

@@ -19,12 +19,14 @@ import asyncio
 import logging
 from collections import OrderedDict, deque
 from collections.abc import Mapping
+from dataclasses import replace
 from time import monotonic
 from typing import Any
 
 from ..engine.errors import (
     DeadlinePassed,
     NotFound,
+    NoWorker,
     QueueFull,
     SdengineError,
     Stopping,
@@ -32,7 +34,7 @@ from ..engine.errors import (
     WorkerLost,
 )
 from ..engine.request import Request
-from .asks import Ask, Made
+from .asks import Ask, Made, Pictures
 from .child import Child, failure
 from .config import Config
 from .encode import enlarged
@@ -113,6 +115,7 @@ class Pool:
         if ask.model not in self.config.models:
             raise UnknownName("model", ask.model, self.config.models)
         self.refuse()
+        ask.shape()  # what cannot be compared fails here, before anything waits
         job = Job(ask, self._ended)
         if keep:
             self.kept[job.id] = job
@@ -190,6 +193,8 @@ class Pool:
         if job in self.waiting:
             self.waiting.remove(job)
         self._stop_if_unwanted(job)
+        # a kept job is asked for its results alone: megabytes of uploads would stay with it
+        job.ask = replace(job.ask, pictures=Pictures())
         self._count()
 
     def _expire(self, job: Job, limit: float) -> None:
@@ -279,7 +284,7 @@ class Pool:
         if self.warm or tries < TRIES:
             return
         for job in list(self.waiting):
-            job.fail(error)
+            job.fail(NoWorker(f"no worker can be started: {error.message}", hint=error.hint))
 
     async def _work(self, child: Child, jobs: list[Job]) -> None:
         """One job's parts, or one picture of each of several. Raises WorkerLost."""
@@ -296,6 +301,16 @@ class Pool:
             for job in reversed(jobs):
                 self._again(job, error)
             raise
+        except Exception as error:  # ours to mend: these jobs fail, the next ones get a new worker
+            log.exception("a run ended unexpectedly")
+            told = f"unexpected {type(error).__name__}: {error}"[:500]
+            for job in jobs:
+                job.fail(SdengineError(
+                    told, hint="report this; the server's log shows where it happened"
+                ))  # fmt: skip
+            raise WorkerLost(
+                f"a worker is started anew after {told}", hint="none is needed"
+            ) from error
         finally:
             for job in jobs:
                 self.running.pop(job.id, None)
@@ -320,13 +335,14 @@ class Pool:
         requests = [job.parts[job.part].to_dict() for job in live]
         pictures = first.ask.pictures
         refused: dict[int, SdengineError] = {}
+        made: dict[int, list[Made]] = {slot: [] for slot in range(len(live))}
         kind = ""
         async for message in child.run(first.ask.model, requests, pictures.about(), pictures.blobs):
             kind = message.kind
             if kind == "step":
                 self._stepped(live, message)
-            elif kind == "made" and not live[message.fields["slot"]].over:
-                live[message.fields["slot"]].add(_made(message))
+            elif kind == "made":  # added when the part is over: a lost worker's part runs again
+                made[message.fields["slot"]].append(_made(message))
             elif kind == "refused":
                 refused[message.fields["slot"]] = failure(message)
             elif kind == "failed":
@@ -339,12 +355,15 @@ class Pool:
             if slot in refused:
                 job.fail(refused[slot])
             elif not job.over:
-                self._onwards(job, stopped=kind == "stopped")
+                self._onwards(job, made[slot], stopped=kind == "stopped")
 
-    def _onwards(self, job: Job, *, stopped: bool) -> None:
+    def _onwards(self, job: Job, made: list[Made], *, stopped: bool) -> None:
         """After a part: the next one, or the end."""
+        stopped = stopped and not made  # what was whole before somebody else's stop counts
         if stopped and not job.wish:
             return  # somebody else's wish, which came too late for them: the part runs again
+        for one in made:
+            job.add(one)
         if stopped and job.rough is not None:
             job.add(_unfinished(job))
         if job.wish == "interrupt":

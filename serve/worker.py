@@ -57,12 +57,14 @@ class Worker:
 
     def listen(self, stream: BinaryIO) -> None:
         """In a thread of its own: a `stop` must be seen while a run goes on."""
-        while (message := wire.read(stream)) is not None:
-            if message.kind == "stop":
-                self._stopped = message.fields["run"]
-            else:
-                self._inbox.put(message)
-        os._exit(0)  # the server has gone; nobody wants what is being made
+        try:
+            while (message := wire.read(stream)) is not None:
+                if message.kind == "stop":
+                    self._stopped = message.fields["run"]
+                else:
+                    self._inbox.put(message)
+        finally:  # the server has gone, within a frame perhaps; nobody wants what is being made
+            os._exit(0)
 
     def serve(self) -> None:
         begin = self._inbox.get()
