@@ -12,12 +12,16 @@ import re
 from typing import Any
 
 NEGATIVE = "Negative prompt:"
-_FIELD = re.compile(r'\s*([\w /]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+# A field begins where the line or the one before it ends, and a key gives nothing back: no text
+# takes more than linear time.
+_FIELD = re.compile(r'(?:^|(?<=,))\s*+([\w /]++):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+LONGEST = 2**16  # characters that are read
 LEAST = 3  # fields in a line that counts as one
 
 
 def parse(text: str) -> dict[str, str]:
     """`Prompt`, `Negative prompt` and the fields, as text; {} for none."""
+    text = text[:LONGEST]
     lines = text.strip().split("\n")
     found = _FIELD.findall(lines[-1]) if lines else []
     if len(found) >= LEAST:

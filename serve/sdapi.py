@@ -43,7 +43,7 @@ EMPTY_LISTS = (
 def options_of(here: Served, call: Call) -> Options:
     """Those that were set, or the first model and the defaults."""
     found = getattr(call.app.state, "sdapi_options", None)
-    return Options(here.model(None).title) if found is None else found
+    return Options(here.model(None).name) if found is None else found
 
 
 @router.post("/txt2img")
@@ -64,7 +64,7 @@ async def _made(body: Making, call: Call) -> Json:
     model = here.model(options.sd_model_checkpoint)
     asked = meant(body, options, model)
     if body.override_settings and body.override_settings_restore_afterwards is False:
-        call.app.state.sdapi_options = options
+        call.app.state.sdapi_options = options.changed({"sd_model_checkpoint": model.name})
     job = here.submit(asked.ask)
     made = await here.made(job, call)
     kind, quality = options.samples_format, options.jpeg_quality
@@ -197,7 +197,8 @@ async def get_options(call: Call) -> Json:
     here = served(call)
     options = options_of(here, call)
     model = here.model(options.sd_model_checkpoint)
-    return Json({**options.to_dict(), "sd_checkpoint_hash": model.facts.source.sha256})
+    named = {"sd_model_checkpoint": model.title, "sd_checkpoint_hash": model.facts.source.sha256}
+    return Json({**options.to_dict(), **named})
 
 
 @router.post("/options")
@@ -205,7 +206,8 @@ async def set_options(body: dict[str, Any], call: Call) -> Json:
     here = served(call)
     options = options_of(here, call).changed(body)
     model = here.model(options.sd_model_checkpoint)
-    call.app.state.sdapi_options = options.changed({"sd_model_checkpoint": model.title})
+    # not the title: its hash is another one when the bundle is replaced
+    call.app.state.sdapi_options = options.changed({"sd_model_checkpoint": model.name})
     return Json(None)
 
 

@@ -144,7 +144,7 @@ def _request(body: Making, options: Options) -> dict[str, Any]:
 
 
 def _drawn(count: int) -> int:
-    return secrets.randbelow(SEED_END - count)
+    return secrets.randbelow(max(1, SEED_END - count))  # a count beyond is refused later
 
 
 def _schedule(label: str | None, sampler: str, named: str | None) -> str | None:

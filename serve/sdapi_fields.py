@@ -15,6 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from ..engine.errors import RequestError
 
 SIZES = Annotated[int, Field(ge=-1, le=2**20)]
+PADDING = Annotated[int, Field(ge=0, le=2**20)]
+BLUR = Annotated[int, Field(ge=0, le=256)]
 
 
 class Theirs(BaseModel):
@@ -56,10 +58,10 @@ class Img2Img(Making):
     init_images: list[str] | None = None
     resize_mode: int | None = 0
     mask: str | None = None
-    mask_blur: int | None = None
+    mask_blur: BLUR | None = None
     inpainting_fill: int | None = 0
     inpaint_full_res: bool | None = True
-    inpaint_full_res_padding: int | None = 0
+    inpaint_full_res_padding: PADDING | None = 0
     inpainting_mask_invert: int | None = 0
     include_init_images: bool | None = False
 

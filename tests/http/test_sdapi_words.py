@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+from time import perf_counter
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from sdengine import api
 from sdengine.engine.errors import RequestError, UnknownName
-from sdengine.serve import infotext
+from sdengine.serve import infotext, sdapi
 from sdengine.serve.models import Models
 from sdengine.serve.sdapi_ask import Options, meant
 from sdengine.serve.sdapi_fields import Img2Img, Txt2Img, check_inert
@@ -123,3 +128,33 @@ def test_a_text_stands_behind_what_is_said():
     request = asked(infotext=TEXT, steps=5)
     assert (request.steps, request.seed, request.guidance) == (5, 12, 6.5)
     assert request.prompt.startswith("a cat")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [" " * 200_000, "a" * 200_000, "a " * 100_000, 'a:"' * 60_000, "a: b," + " a" * 100_000, ","],
+)
+def test_no_text_takes_long(line):
+    begun = perf_counter()
+    infotext.parse(f"Steps: 1{line}")
+    infotext.parse(f"{line}\nSteps: 1, Seed: 2{line}")
+    assert perf_counter() - begun < 1
+
+
+def test_numbers_out_of_bounds_are_refused():
+    for field, value in (("mask_blur", 10**400), ("inpaint_full_res_padding", -50)):
+        with pytest.raises(ValidationError, match=field):
+            Img2Img(**{field: value})
+    with pytest.raises(RequestError, match="count is") as caught:
+        asked(n_iter=2**40, subseed_strength=0.5)
+    assert "range" in caught.value.hint
+
+
+def test_a_model_that_was_chosen_by_title_is_kept_by_name():
+    """A bundle that is replaced has another title."""
+    here = SimpleNamespace(model=Models({"emoji": api.EMBEDDED["emoji"]}).find)
+    call: Any = SimpleNamespace(app=SimpleNamespace(state=SimpleNamespace(served=here)))
+    asyncio.run(sdapi.set_options({"sd_model_checkpoint": MODEL.title}, call))
+    assert call.app.state.sdapi_options.sd_model_checkpoint == "emoji"
+    told = json.loads(asyncio.run(sdapi.get_options(call)).body)
+    assert told["sd_model_checkpoint"] == MODEL.title
