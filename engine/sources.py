@@ -20,10 +20,9 @@ Source = Path | str | bytes | Image.Image | NDArray[Any]
 
 MAX_PIXELS = 2**26  # 8192 x 8192: what one picture may unpack to, 200 MB as RGB
 
-# Formats of pixels alone. Others (EPS, WMF) would start a foreign program to draw themselves.
-FORMATS = frozenset(
-    "AVIF BMP DIB GIF ICO JPEG JPEG2000 MPO PCX PNG PPM QOI SGI TGA TIFF WEBP".split()
-)
+# Formats of pixels alone. Others (EPS, WMF) would start a foreign program to draw themselves, and
+# icons (ICO, ICNS) hold pictures larger than the size that they state.
+FORMATS = frozenset("AVIF BMP DIB GIF JPEG JPEG2000 MPO PCX PNG PPM QOI SGI TGA TIFF WEBP".split())
 
 ORIENTATION = 0x0112  # EXIF tag -> what turns the picture upright; 1, and what is unknown, nothing
 UPRIGHT: Mapping[int, Image.Transpose] = {

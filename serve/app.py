@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 from fastapi import Request as Call
 from fastapi.exceptions import RequestValidationError
+from PIL import Image
 from starlette.exceptions import HTTPException
 
 from .. import __version__
@@ -49,6 +50,8 @@ def create_app(config: Config) -> FastAPI:
     app.state.served    config, models and pool, for what is mounted into it
     raises              BundleError, StorageError when a model cannot be opened
     """
+    # Pillow's own guard, behind checks.size_of: it refuses above twice this
+    Image.MAX_IMAGE_PIXELS = max(config.limits.given, config.limits.pixels)
     pool = Pool(config)
     parts = Served(config, Models(config.models), pool)
 

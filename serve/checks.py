@@ -36,9 +36,9 @@ def check(ask: Ask, facts: ModelFacts, limits: Limits) -> None:
             hint="take a sampler by name: GET /sdapi/v1/samplers lists them",
         )
     _check_amount(request, limits)
-    sizes = [size_of(blob, limits.given) for blob in ask.pictures.blobs]
     given = Given(ask.pictures.images, ask.pictures.mask, ask.pictures.depth)
-    task = tasks.choose(facts, request.task, given)
+    task = tasks.choose(facts, request.task, given)  # counts them, before any is looked at
+    sizes = [size_of(blob, limits.given) for blob in ask.pictures.blobs]
     width, height = _made(request, facts, sizes if task.placed else (), task.name)
     if width * height > limits.pixels:
         raise TooLarge(
