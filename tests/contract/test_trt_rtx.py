@@ -17,7 +17,7 @@ from sdengine.backends import plan_build, plans
 from sdengine.backends.plan_build import Job, build_apart, capabilities, job_for
 from sdengine.engine.bundle import open_bundle
 from sdengine.engine.errors import BackendError, BackendUnavailable
-from sdengine.engine.spec import Component
+from sdengine.engine.spec import Component, is_band
 from sdengine.export.builds import Planned, need, run_builds
 from sdengine.export.nvidia import _weight_bytes
 from sdengine.export.shapes import Shapes, profiles
@@ -59,7 +59,7 @@ def test_every_network_of_the_embedded_model_builds(
     planned = []
     for name, network in networks.items():
         for graph in network.graphs.values():
-            if graph.name == "deep":
+            if graph.name == "deep" or is_band(graph.name):  # pieces are built where they run
                 continue
             (dims,) = profiles(Shapes(), bundle, network, graph)
             job = job_for(graph, dims, "tensorrt_rtx", tmp_path / f"{name}.{graph.name}", 89)

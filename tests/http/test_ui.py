@@ -175,7 +175,10 @@ def test_nothing_came_from_elsewhere_and_nothing_failed(page, server):
 
 def test_without_gradio_the_command_says_what_to_install(tmp_path):
     (tmp_path / "gradio.py").write_text("raise ModuleNotFoundError('none', name='gradio')")
-    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ['PYTHONPATH']}"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+    }
     command = [sys.executable, "-c", "from sdengine.cli import main; main()", "serve", "--ui"]
     done = subprocess.run(
         [*command, "--port", "0"], capture_output=True, text=True, env=environment, timeout=120

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from time import monotonic, sleep
 
 import numpy as np
 import pytest
@@ -102,10 +103,11 @@ def test_what_is_not_measured_is_stopped(setup, tmp_path, monkeypatch):
     def noted(self):
         pause(self)
         status = Path(f"/proc/{self._process.pid}/stat")
-        for _ in range(1000):
-            state = status.read_text().rpartition(")")[2].split()[0]
-            if state == "T":
+        end = monotonic() + 10
+        while (state := status.read_text().rpartition(")")[2].split()[0]) != "T":
+            if monotonic() > end:
                 break
+            sleep(0.001)
         states.append(state)
 
     if not Path("/proc/self/stat").exists():
