@@ -37,10 +37,6 @@ def test_a_job_is_followed_to_its_pictures(fake):
                          *["step"] * 3, "picture", "done"]  # fmt: skip
         assert [f["step"] for kind, f in told if kind == "step"] == [1, 2, 3, 1, 2, 3]
         assert [f["seed"] for kind, f in told if kind == "picture"] == [7, 8, 9]
-        previews = [f["preview"] for kind, f in told if kind == "step" and "preview" in f]
-        assert previews
-        with Image.open(io.BytesIO(base64.b64decode(previews[0]))) as image:
-            assert image.size == (16, 8)
         over = client.get(f"/jobs/{job['id']}").json()
         assert (over["state"], over["progress"], over["seeds"]) == ("done", 1.0, [7, 8, 9])
         for kind, name in (("PNG", "0.png"), ("JPEG", "1.jpeg"), ("WEBP", "2.webp")):
@@ -58,6 +54,20 @@ def test_a_reader_goes_on_where_it_was(fake):
             fields.pop("preview", None)  # of the newest step alone, and while it runs
         assert [kind for kind, _ in rest] == ["step", "picture", "done"]
         assert rest == whole[3:]
+
+
+def test_a_run_is_seen_on_its_way(fake):
+    """A run long enough to be met while it lasts: only the newest step has a picture."""
+    with fake.client() as client:
+        ask = {"prompt": "x", "steps": 150, "sampler": "restart", "count": 16}
+        job = client.post("/jobs", json={"request": ask}).json()
+        with client.stream("GET", job["events"]) as response:
+            data = (line for line in response.iter_lines() if line.startswith("data: "))
+            told = (json.loads(line.removeprefix("data: ")) for line in data)
+            preview = next(fields["preview"] for fields in told if "preview" in fields)
+        with Image.open(io.BytesIO(base64.b64decode(preview))) as image:
+            assert image.size == (16, 8)
+        assert client.delete(f"/jobs/{job['id']}").json()["state"] == "cancelled"
 
 
 def test_a_job_that_is_called_off_ends(fake):
