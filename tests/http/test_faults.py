@@ -196,11 +196,12 @@ def test_a_bundle_is_swapped_without_a_lost_request(frail, bundle, tmp_path):
 
 def test_a_bad_bundle_in_its_place_changes_nothing(frail, bundle):
     good = (bundle / "manifest.json").read_text()
-    broken = bundle / "manifest.json.new"
-    broken.write_text("{}")
-    broken.rename(bundle / "manifest.json")
     with frail.client() as client:
-        assert model_of(client) == "other"
+        open_now = model_of(client)
+        broken = bundle / "manifest.json.new"
+        broken.write_text("{}")
+        broken.rename(bundle / "manifest.json")
+        assert model_of(client) == open_now
     assert "the old one stays" in frail.log.read_text()
     (bundle / "manifest.json").write_text(good)
 
@@ -208,9 +209,10 @@ def test_a_bad_bundle_in_its_place_changes_nothing(frail, bundle):
 def test_a_bundle_is_deleted_underneath(frail, bundle):
     """What is open goes on; a new worker cannot start, says so, and starts when it is back."""
     away = bundle.with_name("away")
-    bundle.rename(away)
     with frail.client() as client:
-        assert model_of(client) == "other"
+        open_now = model_of(client)
+        bundle.rename(away)
+        assert model_of(client) == open_now
         os.kill(frail.workers()[0], signal.SIGKILL)
         wait_for(lambda: client.get("/health/ready").status_code == 503)
         answer = client.post("/v1/images/generations", json=body(1))
@@ -219,7 +221,7 @@ def test_a_bundle_is_deleted_underneath(frail, bundle):
         assert answer.json()["error"]["type"] == "server_error"
         away.rename(bundle)
         frail.ready()
-        assert model_of(client) == "other"
+        assert model_of(client) == open_now
 
 
 def test_a_disk_without_room(start, fake_bundle):
