@@ -513,6 +513,7 @@ def _conclude(
 
 @app.command(cls=Careful)
 def export(
+    ctx: typer.Context,
     checkpoint: Annotated[
         Path, typer.Argument(help="A .ckpt or .safetensors file, a diffusers folder or a bundle.")
     ],
@@ -577,12 +578,19 @@ def export(
     jobs: Annotated[int | None, typer.Option(help="Engines built at once (trt-rtx).")] = None,
     ema: Annotated[bool | None, typer.Option("--ema/--no-ema", help="Which weights.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace what is at --out.")] = False,
+    layout: Annotated[
+        str | None,
+        typer.Option(help="triton: write a bundle as a model repository of tritonserver."),
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Turn a checkpoint into a bundle; print the bundle's path."""
     from .engine.bundle import MANIFEST
 
+    if layout is not None:
+        _laid_out(ctx, layout)
+        return
     if out is None and not (checkpoint / MANIFEST).is_file():
         raise RequestError(
             f"where should the bundle of {checkpoint} go?",
@@ -641,6 +649,28 @@ def export(
         _print_json(_bundle_facts(bundle))
     else:
         _print_path(bundle)
+
+
+def _laid_out(ctx: typer.Context, layout: str) -> None:
+    """A bundle in another program's layout. Options that are about other things are refused."""
+    from .export import repository
+
+    if layout != "triton":
+        raise UnknownName("layout", layout, ["triton"])
+    taken = ("checkpoint", "out", "target", "layout", "quiet")
+    given = [n for n in ctx.params if str(ctx.get_parameter_source(n)).endswith("COMMANDLINE")]
+    if other := [f"--{name.replace('_', '-')}" for name in given if name not in taken]:
+        raise RequestError(
+            f"--layout goes without {', '.join(other)}",
+            hint="make the bundle with those; then lay it out: sdengine export BUNDLE --layout",
+        )
+    bundle, out, targets = (ctx.params[name] for name in ("checkpoint", "out", "target"))
+    if out is None or len(targets or ()) > 1:
+        raise RequestError(
+            "--layout triton needs one folder to write, and takes one target",
+            hint=f"sdengine export {bundle} --layout triton --out models --target onnxruntime",
+        )
+    _print_path(repository(bundle, out, *(targets or ())))
 
 
 def _search(bundle: Path, minutes: float, what: Mapping[str, Any], quiet: bool) -> None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .compare import compared, shown
     from .nvidia import add_nvidia
     from .run import add_classifier, add_target, export_bundle
+    from .triton import repository
 
 __all__ = [
     "add_classifier",
@@ -26,6 +27,7 @@ __all__ = [
     "nvidia_ask",
     "open_checkpoint",
     "open_classifier",
+    "repository",
     "shown",
 ]
 
@@ -39,6 +41,7 @@ _HOMES = {
     "nvidia_ask": "asked",
     "open_checkpoint": "checkpoint",
     "open_classifier": "classifier",
+    "repository": "triton",
     "shown": "compare",
 }
 # import name -> distribution
