@@ -8,7 +8,6 @@ checked by  tests/unit/test_footprint.py
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -18,7 +17,7 @@ from .errors import NotEnoughMemory
 from .memory import Plan
 from .spec import Component, Precision
 from .table import Table
-from .weights import read_header
+from .weights import totals
 
 # Bytes of a number as the engine keeps it, weight or activation.
 WIDTH: Mapping[Precision, int] = {"f32": 4, "bf16": 2, "f16": 2, "int8": 2}
@@ -111,8 +110,8 @@ def weight_bytes(component: Component, precision: Precision) -> int:
     """Of the weights as an engine packs them; an int8 network has a file of its own."""
     if precision in component.quantised:
         own = component.quantised[precision]
-        return sum(t.nbytes for t in read_header(own.weights).values())
-    count = sum(math.prod(t.shape) for t in read_header(component.weights).values())
+        return totals(own.weights, own.weights_sha256).nbytes
+    count = totals(component.weights, component.weights_sha256).values
     width = WIDTH["f32"] if precision == "int8" else WIDTH[precision]
     return count * width
 

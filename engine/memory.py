@@ -8,7 +8,6 @@ checked by  tests/unit/test_memory.py
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +16,7 @@ from .bundle import Bundle
 from .errors import RequestError
 from .spec import Component, bands_of
 from .tiles import Grid
-from .weights import read_header
+from .weights import totals
 
 MIB = 2**20
 FLOAT, HALF = 4, 2
@@ -198,7 +197,7 @@ def _vae_tile(
 
 
 def _loaded(component: Component) -> int:
-    return LOADED * sum(math.prod(t.shape) for t in read_header(component.weights).values())
+    return LOADED * totals(component.weights, component.weights_sha256).values
 
 
 def _heads(config: Mapping[str, Any], width: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from . import noise, presets, schedule, solvers
@@ -238,7 +238,8 @@ class Request:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Every field; their values cannot be changed, so none is copied."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def defaults(self, task: str) -> Mapping[str, Any]:
         """What this request's None's become for a task. Not every task has every field.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,25 @@ def read_header(path: Path) -> dict[str, Stored]:
     except BadManifest as error:
         raise _corrupt(path, f"its header is damaged: {error.message}") from error
     return _laid_out(path, entries, start=8 + length, size=size)
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Of all tensors of a file: `values` numbers, `nbytes` bytes."""
+
+    values: int
+    nbytes: int
+
+
+@lru_cache(maxsize=256)
+def totals(path: Path, sha256: str) -> Totals:
+    """What a file of this content amounts to, from its header.
+
+    Read once in a process: every run asks, and a header of hundreds of tensors takes milliseconds;
+    nor must the file still be there when it is asked again. Raises as `read_header`.
+    """
+    tensors = read_header(path).values()
+    return Totals(sum(math.prod(t.shape) for t in tensors), sum(t.nbytes for t in tensors))
 
 
 def read_tensors(path: Path, names: Iterable[str]) -> dict[str, NDArray[np.float32]]:

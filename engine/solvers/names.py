@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 
 from ..errors import RequestError, UnknownName
 
@@ -50,6 +51,7 @@ ELSEWHERE = {
 }
 
 
+@lru_cache(maxsize=512)  # every known name is looked at each time that one is resolved
 def plain(name: str) -> str:
     """`DPM++ 2S a` and `dpmpp_2s_a` alike: lower case, ++ as pp, letters and digits alone."""
     return re.sub("[^a-z0-9]", "", name.lower().replace("++", "pp"))
