@@ -15,6 +15,7 @@ import hashlib
 import hmac
 import ipaddress
 from collections.abc import Awaitable, Callable, MutableMapping
+from functools import lru_cache
 from time import perf_counter
 from typing import Any
 from urllib.parse import urlsplit
@@ -23,6 +24,7 @@ from ..engine.errors import Forbidden, RequestError, SdengineError, TooLarge
 from .config import Config
 from .faces import answer, face_of
 from .pool import Pool
+from .turns import Turns
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -55,12 +57,14 @@ class Guard:
     def __init__(self, app: App, config: Config, pool: Pool) -> None:
         self._app, self._config, self._pool = app, config, pool
         self._known = [_digest(token.encode()) for token in config.tokens]
+        self._local = loopback(config.host)
+        self._turns = Turns()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
-        headers = {name.lower(): value for name, value in scope["headers"]}
+        headers = dict(scope["headers"])  # in lower case, as ASGI has them
         if scope["type"] == "websocket":
             try:
                 self._check(scope, headers)
@@ -84,6 +88,7 @@ class Guard:
             self._check(scope, headers)
             body = await self._body(headers, receive)
             if scope["method"] == "POST" and scope["path"] in MAKING:
+                await self._turns.take()
                 self._pool.refuse()
         except _Foreign as error:
             self._pool.metrics.refused.labels("origin").inc()
@@ -110,7 +115,7 @@ class Guard:
                     "no token, or one that is not known here",
                     hint="send Authorization: Bearer TOKEN, or HTTP basic auth with it as password",
                 )
-        elif loopback(self._config.host) and not loopback(_hostname(host)):
+        elif self._local and not _names_this_machine(host):
             raise _Foreign(f"this server does not answer to the name {host[:80]!r}")
 
     def _token_known(self, headers: dict[bytes, bytes]) -> bool:
@@ -173,12 +178,13 @@ def _digest(token: bytes) -> bytes:
     return hashlib.sha256(token).digest()
 
 
-def _hostname(host: str) -> str:
+@lru_cache(maxsize=64)  # a flood of requests names it alike
+def _names_this_machine(host: str) -> bool:
     try:
         found = urlsplit(f"//{host}").hostname
     except ValueError:
-        return ""
-    return "" if found is None else found
+        return False
+    return found is not None and loopback(found)
 
 
 def _same(origin: str, host: str) -> bool:

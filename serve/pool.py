@@ -65,6 +65,7 @@ class Pool:
         self.restarts = 0
         self.stopping = False
         self.picture_s = 1.0
+        self._ahead = 0  # pictures that wait: each request that is refused asks
         self._more, self._idle, self._closed = (asyncio.Event() for _ in range(3))
         self._tasks: list[asyncio.Task[None]] = []
         self._busy: dict[str, Child] = {}
@@ -89,8 +90,7 @@ class Pool:
 
     def wait_s(self) -> float:
         """About how long a request that comes now will wait."""
-        ahead = sum(len(job.parts) * job.parts[0].count for job in self.waiting)
-        return (ahead + len(self.running)) * self.picture_s / self.config.workers
+        return (self._ahead + len(self.running)) * self.picture_s / self.config.workers
 
     def refuse(self) -> None:
         """Raises QueueFull, Stopping when no request can be taken now."""
@@ -115,7 +115,7 @@ class Pool:
         if ask.model not in self.config.models:
             raise UnknownName("model", ask.model, self.config.models)
         self.refuse()
-        ask.shape()  # what cannot be compared fails here, before anything waits
+        hash(ask.shape())  # what cannot be compared fails here, before anything waits
         job = Job(ask, self._ended)
         if keep:
             self.kept[job.id] = job
@@ -180,6 +180,7 @@ class Pool:
             await self._idle.wait()
 
     def _count(self) -> None:
+        self._ahead = sum(len(job.parts) * job.parts[0].count for job in self.waiting)
         self.metrics.waiting.set(len(self.waiting))
         self.metrics.running.set(len(self.running))
         if not self.waiting and not self.running:

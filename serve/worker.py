@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from ..engine.pipeline import OnStep, Pipeline, Result
     from ..engine.request import Progress, Request, Timings
 
+NICE = 5  # the server must win a processor from its engines: it needs little, and at once
 PAYS = 0.9  # of a picture's time alone: what it must take in a batch for batches to be made
 TRIED = 4  # pictures in the batch that is tried at the start
 
@@ -213,6 +214,8 @@ def clear(encoded: bytes) -> Any:
 
 
 def main() -> None:
+    if hasattr(os, "nice"):  # not on Windows
+        os.nice(NICE)
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints must not get between the frames
     # The server decides when it ends, by closing the pipe: these reach the whole group at once.
