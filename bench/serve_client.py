@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Self
 from urllib.parse import urlsplit
 
-SERVE = [sys.executable, "-c", "from sdengine.cli import main; main()", "serve", "--port", "0"]
+SDENGINE = [sys.executable, "-c", "from sdengine.cli import main; main()"]
 IDLE_S = 3.0  # after which a server may have closed a connection that is kept
 
 
@@ -81,8 +81,8 @@ class Server:
     def __init__(self, options: list[str]) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
-            [*SERVE, *options], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-            env=environment,
+            [*SDENGINE, "serve", "--port", "0", *options],
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment,
         )  # fmt: skip
         assert self.process.stdout is not None
         self.url = self.process.stdout.readline().strip()

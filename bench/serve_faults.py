@@ -1,4 +1,4 @@
-"""Bad days under load: workers killed, clients that go in the middle. Nothing may be lost.
+"""Bad days under load: workers killed, clients that go in the middle, SIGTERM. Nothing may be lost.
 
     python -m sdengine.bench.serve_faults --model BUNDLE --backend fake --kills 50 --gone 200
 
@@ -18,7 +18,7 @@ import time
 from collections import Counter
 from typing import Any
 
-from .serve_client import Client, Server, metric, ready
+from .serve_client import Answer, Client, Server, metric, ready
 
 
 def body(k: int) -> dict[str, Any]:
@@ -88,6 +88,29 @@ async def faults(server: Server, arguments: argparse.Namespace) -> dict[str, Any
     }
 
 
+async def told_to_stop(server: Server, clients: int) -> dict[str, Any]:
+    """SIGTERM while that many requests run and wait: each is finished, or handed back with 503."""
+    client = Client(server.url)
+
+    async def arrived() -> float:
+        return await _busy(client) + await metric(client, "sdengine_jobs_total", '{state="done"}')
+
+    before = await arrived()
+    calls = [
+        asyncio.create_task(Client(server.url)("POST", "/v1/images/generations", body(k)))
+        for k in range(clients)
+    ]
+    while await arrived() - before < clients:
+        await asyncio.sleep(0.01)
+    begun = time.perf_counter()
+    server.process.terminate()
+    found = await asyncio.gather(*calls, return_exceptions=True)
+    status = await asyncio.to_thread(server.process.wait, 60)
+    codes = Counter(one.status if isinstance(one, Answer) else repr(one)[:60] for one in found)
+    return {"answers": {str(code): n for code, n in codes.items()}, "exit_status": status,
+            "seconds": time.perf_counter() - begun}  # fmt: skip
+
+
 async def _busy(client: Client) -> float:
     waiting = await metric(client, "sdengine_queue_waiting")
     return waiting + await metric(client, "sdengine_queue_running")
@@ -100,12 +123,16 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--gone", type=int, default=200)
+    parser.add_argument("--stopped", type=int, default=40, help="requests at the SIGTERM")
     arguments = parser.parse_args()
-    options = ["--model", arguments.model, "--backend", arguments.backend, "--threads", "1"]
+    options = ["--model", arguments.model, "--backend", arguments.backend, "--threads", "1",
+               "--grace", "2"]  # fmt: skip
     with Server(options) as server:
         found = asyncio.run(faults(server, arguments))
+        stopped = found["sigterm"] = asyncio.run(told_to_stop(server, arguments.stopped))
     sys.stdout.write(json.dumps(found) + "\n")
     good = set(found["answers"]) <= {"200", "429", "500"} and found["still_busy"] == 0
+    good = good and set(stopped["answers"]) <= {"200", "503"} and stopped["exit_status"] == 0
     sys.exit(0 if good and found["then"] == 200 else 1)
 
 
