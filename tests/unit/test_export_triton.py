@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,15 @@ def test_the_target_decides_who_runs_it(tmp_path: Path, read: Any) -> None:
         assert config.backend == backend
         gpu = config.optimization.execution_accelerators.gpu_execution_accelerator
         assert [one.name for one in gpu] == accelerator
+
+
+def test_tensorrt_takes_the_float16_graphs_where_there_are_such() -> None:
+    bundle = open_bundle(EMBEDDED["emoji"])
+    unet = bundle.components["unet"]
+    half = replace(unet, weights=Path("weights.f16.safetensors"))
+    both = replace(bundle, components={"unet": replace(unet, typed={"f16": half})})
+    for target, expected in (("trt", half.weights), ("openvino", unet.weights)):
+        assert {weights for _, _, weights in triton._models(both, target)} == {expected}
 
 
 def proved_on(place: Path, target: str) -> Path:
