@@ -1,6 +1,6 @@
 """A batch on a Ray cluster of two nodes on this machine, one of which is killed in the middle.
 
-`ray_cluster.py BUNDLE LINES OUT BACKEND [THREADS]`; prints one JSON object. With `--ratio` at the
+`ray_cluster.py BUNDLE LINES OUT BACKEND`; prints one JSON object. With `--ratio` at the
 end nothing is killed: the same batch on one node and on two, timed after a batch that warms up.
 """
 
