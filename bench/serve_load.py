@@ -103,7 +103,8 @@ def batch_rate(arguments: argparse.Namespace) -> float:
         ))  # fmt: skip
         common = json.dumps({"steps": arguments.steps, "prompt_weights": True, "long_prompt": True})
         command = [*SDENGINE, "batch", lines, "--out", out, "--model", arguments.model, "--threads",
-                   "1", "--backend", arguments.backend, "--common", common, "--quiet"]  # fmt: skip
+                   arguments.threads, "--backend", arguments.backend, "--common", common,
+                   "--quiet"]  # fmt: skip
         subprocess.run(list(map(str, command)), stdout=subprocess.DEVNULL, check=True)
         times = sorted(path.stat().st_mtime for path in out.glob("*.png"))
     assert len(times) == arguments.pictures
@@ -182,11 +183,12 @@ def main() -> None:
     parser.add_argument("--queue", type=int, default=64)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--batch", default=None)
+    parser.add_argument("--threads", default="1", help="of the engine")
     parser.add_argument("--patience", type=float, default=4.0, help="seconds")
     parser.add_argument("--pictures", type=int, default=150, help="of the batch, twice")
     arguments = parser.parse_args()
-    options = ["--model", arguments.model, "--backend", arguments.backend, "--threads", "1",
-               "--queue", str(arguments.queue)]  # fmt: skip
+    options = ["--model", arguments.model, "--backend", arguments.backend,
+               "--threads", arguments.threads, "--queue", str(arguments.queue)]  # fmt: skip
     options += [] if arguments.batch is None else ["--batch", arguments.batch]
     rates = [batch_rate(arguments)]
     with Server(options) as server, ThreadPoolExecutor(1) as clients:
