@@ -26,6 +26,8 @@ from . import devices, machine
 from .base import GraphBackend, Run, agree, first_line
 from .cache import Key, Store, open_store
 from .mapping import Mapped
+from .openvino_attention import RECIPE as BLOCKS
+from .openvino_attention import split_queries
 from .openvino_floats import RECIPE, keep_float32
 
 log = logging.getLogger("sdengine.backends")
@@ -109,6 +111,7 @@ class OpenVINO(GraphBackend):
             "processor": machine.processor(),
             "threads": str(threads),
             "in float32": RECIPE if config["INFERENCE_PRECISION_HINT"] == "bf16" else "all",
+            "attention": BLOCKS if device == devices.CPU else "as it is",
         }
         store = self._place(device)
         kept = None if store is None else self._from_store(store, what, made, graph, device, config)
@@ -121,6 +124,8 @@ class OpenVINO(GraphBackend):
             model.reshape({t.name: _partial(t.shape, profile.dims) for t in graph.inputs})
             if config["INFERENCE_PRECISION_HINT"] == "bf16":
                 keep_float32(core, model)
+            if device == devices.CPU:
+                split_queries(model)
             return core.compile_model(model, device, config)
 
         with BUILDING:
