@@ -13,9 +13,10 @@ from __future__ import annotations
 import ctypes
 import mmap
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from threading import Event, Thread
+from typing import IO
 
 import numpy as np
 
@@ -31,9 +32,10 @@ class Mapped:
     OpenVINO maps the files of its own cache in the same way.
     """
 
-    def __init__(self, path: Path) -> None:
-        with path.open("rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    def __init__(self, file: Path | IO[bytes]) -> None:
+        """file: by name, or open; it may be closed afterwards, and lose its name."""
+        with file.open("rb") if isinstance(file, Path) else nullcontext(file) as opened:
+            self._map = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
         seen = np.frombuffer(self._map, np.uint8)
         raw = (ctypes.c_uint8 * len(seen)).from_address(seen.ctypes.data)
         self.data: Array = np.ctypeslib.as_array(raw)

@@ -13,6 +13,7 @@ import io
 import logging
 import sys
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
 from threading import Lock
 from typing import Any, BinaryIO
@@ -29,6 +30,7 @@ from .mapping import Mapped
 from .openvino_attention import RECIPE as BLOCKS
 from .openvino_attention import split_queries
 from .openvino_floats import RECIPE, keep_float32
+from .openvino_weights import widen
 
 log = logging.getLogger("sdengine.backends")
 
@@ -118,27 +120,32 @@ class OpenVINO(GraphBackend):
         if kept is not None:
             return kept
 
-        def build() -> Any:
+        def build() -> tuple[Any, Mapped | None]:
             model = core.read_model(graph.path)
             agree(component, graph, *(_names(ports) for ports in (model.inputs, model.outputs)))
             model.reshape({t.name: _partial(t.shape, profile.dims) for t in graph.inputs})
             if config["INFERENCE_PRECISION_HINT"] == "bf16":
                 keep_float32(core, model)
+            widened = None
             if device == devices.CPU:
                 split_queries(model)
-            return core.compile_model(model, device, config)
+                if store is not None:
+                    widened = widen(model, component.weights, store.root)
+            with _passing(widened):
+                return core.compile_model(model, device, config), widened
 
         with BUILDING:
-            compiled = build()
+            compiled, widened = build()
             if store is None:
-                return OpenVINOGraph(graph, compiled, None)
-            path = store.keep(what, made, partial(_export, compiled))
+                return OpenVINOGraph(graph, compiled, widened)
+            with _passing(widened):
+                path = store.keep(what, made, partial(_export, compiled))
             if path is None or path.stat().st_size < LARGE:
-                return OpenVINOGraph(graph, compiled, None)
+                return OpenVINOGraph(graph, compiled, widened)
             # What was compiled holds all weights once more in float32; what is read back does not.
-            compiled = None
+            compiled = widened = None
         again = self._from_store(store, what, made, graph, device, config)
-        return OpenVINOGraph(graph, build(), None) if again is None else again
+        return OpenVINOGraph(graph, *build()) if again is None else again
 
     def _place(self, device: str) -> Store | None:
         """Where compiled networks are kept; None for those that cannot be."""
@@ -170,7 +177,7 @@ class OpenVINO(GraphBackend):
 
 
 class OpenVINOGraph:
-    """One compiled graph. `blob` is the memory that it was read from, and must outlive it."""
+    """One compiled graph. `blob` is what it, or its weights, was read from, and must outlive it."""
 
     def __init__(self, graph: Graph, compiled: Any, blob: Mapped | None) -> None:
         self._graph = graph
@@ -217,6 +224,10 @@ class OpenVINOGraph:
     def close(self) -> None:
         self._compiled = None
         self._blob = None
+
+
+def _passing(mapped: Mapped | None) -> AbstractContextManager[Any]:
+    return nullcontext() if mapped is None else mapped.passing()
 
 
 def _export(compiled: Any, file: BinaryIO) -> None:

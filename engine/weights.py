@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -82,8 +82,12 @@ def read_tensors(path: Path, names: Iterable[str]) -> dict[str, NDArray[np.float
 
     raises      CorruptPart for a name that the file lacks, and as `read_header`
     """
+    return dict(each_tensor(path, names))
+
+
+def each_tensor(path: Path, names: Iterable[str]) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    """As `read_tensors`, one after the other: only one is in memory."""
     stored = read_header(path)
-    found: dict[str, NDArray[np.float32]] = {}
     with open(path, "rb") as file:
         for name in names:
             if name not in stored:
@@ -92,8 +96,7 @@ def read_tensors(path: Path, names: Iterable[str]) -> dict[str, NDArray[np.float
                 )
             where = stored[name]
             file.seek(where.offset)
-            found[name] = _widened(where.dtype, file.read(where.nbytes)).reshape(where.shape)
-    return found
+            yield name, _widened(where.dtype, file.read(where.nbytes)).reshape(where.shape)
 
 
 def _widened(dtype: str, raw: bytes) -> NDArray[np.float32]:
