@@ -79,7 +79,7 @@ def plan(root: Path = ROOT, wish: Wish = Wish()) -> Plan:
 
     raises  RequestError, UnknownName: what is wished for is not there
     """
-    allowed = topology.affinity()
+    allowed = _allowed()
     ours = topology.cores(root, allowed)
     near, why_node = _near(ours, wish.node)
     chosen, why_cores = _worth(near, wish.cores)
@@ -118,15 +118,28 @@ def places(count: int, root: Path = ROOT) -> list[int]:
 def settle(chosen: Plan) -> None:
     """Keep this thread, and those it starts from now on, on the plan's processors.
 
-    Only where the plan leaves some out: a NUMA node among several, fast cores among slow ones.
+    Only where the plan leaves some out: a NUMA node among several, fast cores among slow ones; or
+    where an earlier plan of this process did, and this one takes them in again.
     """
-    if not chosen.confined or not hasattr(os, "sched_setaffinity"):
+    now, allowed = topology.affinity(), _allowed()
+    if not (chosen.confined or now != allowed) or not hasattr(os, "sched_setaffinity"):
         return
     try:
         os.sched_setaffinity(0, chosen.cpus)
+        _BEFORE[frozenset(chosen.cpus)] = allowed
     except OSError as error:
         cpus = spelled(chosen.cpus)
         log.warning("threads are not kept on processors %s: %s", cpus, error.strerror)
+
+
+# A mask that `settle` has set -> the processors that were ours before: the plan of a second model
+# in this process chooses among all of them.
+_BEFORE: dict[frozenset[int], frozenset[int]] = {}
+
+
+def _allowed() -> frozenset[int]:
+    mask = topology.affinity()
+    return _BEFORE.get(mask, mask)
 
 
 def _places(cores: list[Core], double: bool) -> int:

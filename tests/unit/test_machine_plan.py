@@ -49,6 +49,7 @@ class Tree:
 
 @pytest.fixture
 def tree(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "_BEFORE", {})
     return Tree(tmp_path, monkeypatch)
 
 
@@ -203,6 +204,30 @@ def test_the_thread_and_its_children_stay_on_the_chosen_cores(server, monkeypatc
     assert asked == [], "nothing is left out: nothing is changed"
     machine.settle(plan(server.root))
     assert asked == [(0, {*range(16), *range(32, 48)})]
+
+
+def test_a_second_model_chooses_among_all_cores_again(server, monkeypatch):
+    """The first one's choice must not look like what the process was given."""
+    mask = set(os.sched_getaffinity(0))
+    whole = frozenset(mask)
+
+    def narrow(pid, cpus):
+        mask.clear()
+        mask.update(cpus)
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(mask))
+    monkeypatch.setattr(os, "sched_setaffinity", narrow)
+    first = plan(server.root)
+    machine.settle(first)
+    assert mask == {*range(16), *range(32, 48)}
+    assert plan(server.root) == first, "the same again, not confined to itself"
+    second = plan(server.root, Wish(node="1"))
+    machine.settle(second)
+    assert not mask & set(first.cpus), "the other socket"
+    everything = plan(server.root, Wish(node="all"))
+    machine.settle(everything)
+    assert mask == whole
+    assert not everything.confined
 
 
 def test_a_refused_affinity_is_said_and_no_error(server, monkeypatch, caplog):
