@@ -237,6 +237,12 @@ def preset_quality(path: Path) -> dict[str, Any] | None:
     return found
 
 
+def _let_go(ahead: Future[Session]) -> None:
+    """Close what a finished load has brought."""
+    if ahead.exception() is None:
+        ahead.result().close()
+
+
 class EngineSessions:
     """The networks of a bundle on one backend: compiled when first asked for, the last few kept.
 
@@ -267,8 +273,8 @@ class EngineSessions:
     def __call__(self, component: str, dims: Mapping[str, int]) -> Session:
         key = self._key(component, dims)
         if key not in self._open:
-            self._make_room(component)
             ahead = self._ahead.pop(key, None)
+            self._make_room(component)
             self._open[key] = self._load(key) if ahead is None else ahead.result()
         self._open.move_to_end(key)
         return self._open[key]
@@ -276,7 +282,8 @@ class EngineSessions:
     def expect(self, component: str, dims: Mapping[str, int], graph: str = "full") -> None:
         """Begin to load a network that will be asked for, and this graph of it, beside what runs.
 
-        What goes wrong is raised where the network is asked for.
+        What goes wrong is raised where the network is asked for. One that an earlier run expected
+        and never asked for, as it failed, makes room for this one, unless it is the same.
         """
         key = self._key(component, dims)
         if self._low_memory or key in self._open or key in self._ahead:
@@ -325,11 +332,13 @@ class EngineSessions:
         held = [key for key in self._open if key[0] == component]
         if len(held) >= most:
             self._open.pop(held[0]).close()
+        for key in [key for key in self._ahead if key[0] == component]:
+            self._ahead.pop(key).add_done_callback(_let_go)
 
     def close(self) -> None:
         while self._ahead:
             _, ahead = self._ahead.popitem()
-            if ahead.exception() is None:
-                ahead.result().close()
+            ahead.exception()  # waits for it
+            _let_go(ahead)
         while self._open:
             self._open.popitem()[1].close()

@@ -23,6 +23,7 @@ class Watched(Fake):
         super().__init__(prediction="v")
         self.loaded: list[tuple[str, dict[str, int], str]] = []
         self.open: set[str] = set()
+        self.closed: list[str] = []
         self.most: int = 0
         self.gate = threading.Event()
         self.gate.set()
@@ -41,6 +42,7 @@ class Watched(Fake):
 
         def closing() -> None:
             self.open.discard(name)
+            self.closed.append(name)
             close()
 
         session.close = closing
@@ -116,6 +118,25 @@ def test_what_was_expected_and_never_asked_for_is_closed(bundle, backend):
     held.close()
     assert [name for name, *_ in backend.loaded] == ["unet"]
     assert backend.open == set()
+
+
+def test_what_a_failed_run_expected_makes_room(bundle, backend):
+    """Runs of many sizes that fail before their first step must not pile up networks."""
+    held = sessions(bundle, backend)
+    held.expect("unet", UNET)
+    held.expect("vae_decoder", {"B": 1, "h": 16, "w": 16})
+    assert held("vae_decoder", {"B": 1, "h": 16, "w": 16}) is not None
+    for side in (24, 32):
+        held.expect("unet", {**UNET, "h": side})
+    unet = held("unet", {**UNET, "h": 32})
+    for thread in threading.enumerate():
+        if thread.name.startswith("sdengine-load"):
+            thread.join(10)
+    assert len(backend.loaded) == 4
+    assert backend.closed == ["unet", "unet"], "those of the two runs before"
+    assert held("unet", {**UNET, "h": 32}) is unet
+    held.close()
+    assert sorted(backend.closed) == ["unet", "unet", "unet", "vae_decoder"]
 
 
 def test_a_failure_ahead_is_raised_where_the_network_is_asked_for(bundle, backend):
