@@ -48,6 +48,7 @@ class Core:
             inputs=self.ports("sample", "timestep", "keys", "values"),
             outputs=self.ports("out_sample"),
             reshape=lambda shapes: None,
+            get_ordered_ops=list,
         )
 
     def ports(self, *names: str) -> list[Any]:
