@@ -108,3 +108,13 @@ def test_the_result_keeps_its_name():
     model.outputs[0].set_names({"y"})
     split_queries(model, SCORES)
     assert model.outputs[0].names == {"y"}
+
+
+def test_the_compiled_form_can_be_kept(feeds):
+    """As the cache does: written, and read back by the next start."""
+    model = attention()
+    assert split_queries(model, SCORES) == 1
+    core, config = library().Core(), {"INFERENCE_PRECISION_HINT": "f32"}
+    compiled = core.compile_model(model, "CPU", config)
+    again = core.import_model(compiled.export_model(), "CPU", config)
+    np.testing.assert_array_equal(again(feeds)[0], compiled(feeds)[0])
