@@ -39,6 +39,7 @@ class Job:
     shapes      input -> its least, best and largest shape
     sm          compute capability to build for; None: of the GPU that is there
     timing      file of TensorRT's timing cache, read and written again; None: none is kept
+    strip       leave the weights out: the plan is small, and must be refitted with the same ones
     """
 
     library: str
@@ -47,6 +48,7 @@ class Job:
     shapes: Mapping[str, Sequence[Sequence[int]]]
     sm: int | None
     timing: str | None = None
+    strip: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,13 +61,20 @@ class Built:
     version: str
 
 
-def job_for(graph: Graph, dims: Mapping[str, Span], library: str, out: Path, sm: int | None) -> Job:
+def job_for(
+    graph: Graph,
+    dims: Mapping[str, Span],
+    library: str,
+    out: Path,
+    sm: int | None,
+    strip: bool = False,
+) -> Job:
     """dims: for each named dimension of the graph's inputs (plans.spans)"""
     shapes = {
         t.name: [[dims[d][i] if isinstance(d, str) else d for d in t.shape] for i in range(3)]
         for t in graph.inputs
     }
-    return Job(library, str(graph.path), str(out), shapes, sm)
+    return Job(library, str(graph.path), str(out), shapes, sm, strip=strip)
 
 
 def load(library: str) -> Any:
@@ -120,6 +129,8 @@ def build(trt: Any, job: Job) -> memoryview:
     if job.sm is not None:
         config.num_compute_capabilities = 1
         config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{job.sm}"), 0)
+    if job.strip:
+        _strip(trt, config)
     cache = _timing_cache(config, job.timing)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
@@ -230,6 +241,21 @@ def _set_shapes(
     for value in inputs:
         profile.set_shape(value.name, *(tuple(s) for s in shapes[value.name]))
     config.add_optimization_profile(profile)
+
+
+def _strip(trt: Any, config: Any) -> None:
+    """Not plain REFIT: with it TensorRT 11.3 may drop a bias, as its release notes say.
+
+    raises      BackendUnavailable: a library that strips nothing
+    """
+    for name in ("STRIP_PLAN", "REFIT_IDENTICAL"):
+        flag = getattr(trt.BuilderFlag, name, None)
+        if flag is None:
+            raise BackendUnavailable(
+                f"{trt.__name__} {trt.__version__} strips no weights: it has no {name}",
+                hint="use TensorRT 10.8 or newer, or leave SDENGINE_TRT=strip out",
+            )
+        config.set_flag(flag)
 
 
 def _timing_cache(config: Any, path: str | None) -> Any:

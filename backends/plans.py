@@ -27,15 +27,30 @@ import hashlib
 import json
 from collections.abc import Mapping
 
-from ..engine.errors import MissingPart
+from ..engine.errors import BackendUnavailable, MissingPart
 from ..engine.spec import Component, Engine, Graph, Precision, named_dims
 
 RTX = "trt-rtx"  # the target whose engines are portable, and lie in the bundle
 TRT = "trt"  # the target that proves typed graphs; its engines are built where the GPU is
 LIBRARIES = {RTX: "tensorrt_rtx", TRT: "tensorrt"}
-RECIPE = "strongly typed, level 3, no weights stripped"  # what the builder is told beside the graph
+# What the builder is told beside the graph.
+RECIPE = "strongly typed, level 3, no weights stripped"
+STRIPPED = "strongly typed, level 3, weights stripped, to be refitted with the same"
+
+LEAST_SM: Mapping[Precision, int] = {"bf16": 80, "fp8": 89}  # what computes in it
 
 Span = tuple[int, int, int]  # least, best, largest size
+
+
+def check_precision(precision: Precision, sm: int) -> None:
+    """Raises BackendUnavailable for a kind of GPU that does not compute in this precision."""
+    least = LEAST_SM.get(precision, 0)
+    if sm < least:
+        raise BackendUnavailable(
+            f"sm{sm} has no {precision}: it takes compute capability {least / 10:.1f} or more",
+            hint=f"use float16 there: --precision f16; or build {precision} for newer GPUs alone:"
+            f" --sm {least}",
+        )
 
 
 def typed(component: Component, precision: Precision) -> Component:
@@ -119,7 +134,9 @@ def engine_path(
     return f"targets/{RTX}/sm{sm}/{component}/{name}.engine"
 
 
-def what(network: Component, graph: str, dims: Mapping[str, Span]) -> dict[str, str]:
+def what(
+    network: Component, graph: str, dims: Mapping[str, Span], recipe: str = RECIPE
+) -> dict[str, str]:
     """The content that an engine is made of; of backends/cache.py, the first key.
 
     network     a typed network: the graph's hash stands for its precision too
@@ -129,7 +146,7 @@ def what(network: Component, graph: str, dims: Mapping[str, Span]) -> dict[str, 
         "weights": network.weights_sha256,
         "graph": network.graphs[graph].sha256,
         "shapes": shapes_text(dims),
-        "recipe": RECIPE,
+        "recipe": recipe,
     }
 
 

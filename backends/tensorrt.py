@@ -1,5 +1,8 @@
 """TensorRT and TensorRT-RTX: engines from the bundle, or built here on first use and kept.
 
+SDENGINE_TRT=strip builds engines without weights, where the library can: a small plan is kept, and
+each start gives it the bundle's own weights.
+
 No torch, no memory of the host between rows: what a session holds stays on the device, cached
 features and a prologue's results are handles, and `denoiser` runs a whole table there. Proved
 without a GPU only: on recorded calls, and on the kernels compiled for a processor.
@@ -11,6 +14,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -27,7 +31,7 @@ from .base import GraphBackend, Run, first_line, kept_by
 from .cache import Store, open_store
 from .cuda.board import TableBoard
 from .cuda.device import MIB, Device, Facts, device_index
-from .cuda.engines import EngineRun, Lanes, Messages, Opened, deserialize
+from .cuda.engines import EngineRun, Lanes, Messages, Opened, deserialize, refit
 from .denoise import denoise
 
 log = logging.getLogger("sdengine.backends")
@@ -43,7 +47,12 @@ class Build(Protocol):
     """Builds one engine in a process of its own. Raises BackendError, BackendUnavailable."""
 
     def __call__(
-        self, library: str, graph: Graph, dims: Mapping[str, plans.Span], facts: Facts
+        self,
+        library: str,
+        graph: Graph,
+        dims: Mapping[str, plans.Span],
+        facts: Facts,
+        strip: bool,
     ) -> bytes: ...
 
 
@@ -56,6 +65,7 @@ def open_device(index: int) -> Device:
 class TensorRT(GraphBackend):
     """device      by number; another than NVIDIA's driver in tests
     library     its module; None imports it
+    strip       keep engines without weights; None: as SDENGINE_TRT says
     """
 
     name = "trt"
@@ -68,7 +78,9 @@ class TensorRT(GraphBackend):
         device: Callable[[int], Device] = open_device,
         library: Any = None,
         build: Build | None = None,
+        strip: bool | None = None,
     ) -> None:
+        self._strip = os.environ.get("SDENGINE_TRT") == "strip" if strip is None else strip
         self._store, self._open_device, self._given = store, device, library
         self._build = build_apart if build is None else build
         self._messages = Messages()
@@ -102,8 +114,9 @@ class TensorRT(GraphBackend):
             f"{self._title} {version} on {facts.name} (sm{facts.sm},"
             f" {facts.memory / 1e9:.0f} GB); {UNPROVED}"
         )
-        precisions: tuple[Precision, ...] = ("f16", "bf16", "f32", "int8")
-        return Probe(True, reason, precisions=precisions, speed=50)
+        known: tuple[Precision, ...] = ("f16", "bf16", "f32", "int8", "fp8")
+        able = tuple(p for p in known if facts.sm >= plans.LEAST_SM.get(p, 0))
+        return Probe(True, reason, precisions=able, speed=50)
 
     @property
     def _module(self) -> str:
@@ -144,6 +157,8 @@ class TensorRT(GraphBackend):
             )
 
     def _network(self, component: Component, profile: Profile) -> Component:
+        facts = self._lanes(device_index(profile.device)).device.facts()
+        plans.check_precision(profile.precision, facts.sm)
         if profile.precision == "f32":
             return component
         return plans.typed(component, profile.precision)
@@ -181,11 +196,38 @@ class TensorRT(GraphBackend):
                 " are built ahead of time, by `sdengine export BUNDLE --target trt-rtx`",
             )
         spans = plans.spans(graph, profile.dims)
+        if self._strip:
+            try:
+                return self._kept(network, graph, profile, spans, facts, strip=True)
+            except BackendError as error:
+                log.info("%s: with its weights, for: %s", whose, error.message)
+        return self._kept(network, graph, profile, spans, facts, strip=False)
+
+    def _kept(
+        self,
+        network: Component,
+        graph: Graph,
+        profile: Profile,
+        spans: Mapping[str, plans.Span],
+        facts: Facts,
+        *,
+        strip: bool,
+    ) -> Any:
+        """Out of the cache, or built now and put there. Raises as `_engine`."""
+        whose = f"{network.spec.name}/{graph.name}"
+
+        def opened(plan: bytes) -> Any:
+            engine = self._open(plan, whose, facts)
+            if strip:
+                refit(self._library, self._messages, engine, graph, whose)
+            return engine
+
         store = open_store() if self._store is None else self._store
+        recipe = plans.STRIPPED if strip else plans.RECIPE
         what = {
             "backend": self.name,
             "precision": profile.precision,
-            **plans.what(network, graph.name, spans),
+            **plans.what(network, graph.name, spans, recipe),
         }
         driver = ".".join(map(str, facts.driver))
         made = plans.made(self._module, self._version, facts.sm)
@@ -193,16 +235,26 @@ class TensorRT(GraphBackend):
         path = None if store is None else store.find(what, made)
         if path is not None and store is not None:
             try:
-                return self._open(path.read_bytes(), whose, facts)
+                return opened(path.read_bytes())
             except ArtifactMismatch as error:
                 store.discard(what, made, error.message)
-        plan = self._built(network, graph, spans, facts)
+        plan = self._built(network, graph, spans, facts, strip)
         if store is not None:
             store.keep(what, made, lambda file: file.write(plan))
-        return self._open(plan, whose, facts)
+        try:
+            return opened(plan)
+        except ArtifactMismatch as error:
+            if store is not None:
+                store.discard(what, made, error.message)
+            raise
 
     def _built(
-        self, network: Component, graph: Graph, spans: Mapping[str, plans.Span], facts: Facts
+        self,
+        network: Component,
+        graph: Graph,
+        spans: Mapping[str, plans.Span],
+        facts: Facts,
+        strip: bool,
     ) -> bytes:
         """Raises BackendError: too little memory, said before; what the builder said."""
         need = max(int(BUILD_FACTOR * network.weights.stat().st_size), BUILD_LEAST)
@@ -215,7 +267,7 @@ class TensorRT(GraphBackend):
                 " (`sdengine export BUNDLE --target trt-rtx --sm"
                 f" {facts.sm}`), or a smaller precision",
             )
-        return self._build(self._module, graph, spans, facts)
+        return self._build(self._module, graph, spans, facts, strip)
 
     def _open(self, plan: bytes, whose: str, facts: Facts) -> Any:
         """Raises ArtifactMismatch."""
@@ -271,11 +323,13 @@ class EngineGraph:
         self._lanes.leave(self)
 
 
-def build_apart(library: str, graph: Graph, dims: Mapping[str, plans.Span], facts: Facts) -> bytes:
+def build_apart(
+    library: str, graph: Graph, dims: Mapping[str, plans.Span], facts: Facts, strip: bool
+) -> bytes:
     """`Build` by backends/plan_build.py: on this machine's GPU, in a process of its own."""
     plan_build = importlib.import_module(".plan_build", __package__)
     with tempfile.TemporaryDirectory(prefix="sdengine-") as folder:
         out = Path(folder) / "engine"
         sm = facts.sm if library == plans.LIBRARIES[plans.RTX] else None
-        plan_build.build_apart(plan_build.job_for(graph, dims, library, out, sm))
+        plan_build.build_apart(plan_build.job_for(graph, dims, library, out, sm, strip))
         return out.read_bytes()

@@ -17,18 +17,20 @@ SCRATCH = {"unet": 9000, "vae_decoder": 20000}
 _SESSIONS: dict[str, object] = {}
 
 
-def plan_of(library, graph, dims, facts) -> bytes:
+def plan_of(library, graph, dims, facts, strip=False) -> bytes:
     """What a build gives; a `Build` of backends/tensorrt.py."""
     tensors = {
         kind: [[t.name, t.dtype, list(t.shape)] for t in getattr(graph, kind)]
         for kind in ("inputs", "outputs")
     }
     plan = {"onnx": str(graph.path), "sm": facts.sm, "library": library, **tensors}
+    plan["stripped"] = strip
     return json.dumps({**plan, "dims": {k: list(v) for k, v in dims.items()}}).encode()
 
 
 def library(device: FakeDevice, version: str = "11.4.0", name: str = "tensorrt"):
-    """The module."""
+    """The module. done: what was opened and refitted; lost: weights that a graph's file lacks;
+    refits: whether the library agrees to it."""
 
     class ILogger:
         Severity = SimpleNamespace(INTERNAL_ERROR=0, ERROR=1, WARNING=2, INFO=3, VERBOSE=4)
@@ -39,7 +41,10 @@ def library(device: FakeDevice, version: str = "11.4.0", name: str = "tensorrt")
 
         def deserialize_cuda_engine(self, plan):
             try:
-                return Engine(device, json.loads(plan))
+                engine = Engine(device, json.loads(plan))
+                if engine.stripped:
+                    made.done.append(("open", engine.graph))
+                return engine
             except ValueError:
                 self.logger.log(1, "Serialization assertion header.magicTag failed.\n")
             except LookupError as error:
@@ -47,13 +52,46 @@ def library(device: FakeDevice, version: str = "11.4.0", name: str = "tensorrt")
             self.logger.log(1, "Cuda Runtime: something that follows from it")
             return None
 
-    return SimpleNamespace(
+    class Refitter:
+        def __init__(self, engine, logger):
+            self.engine, self.logger, self.given = engine, logger, None
+
+        def get_missing_weights(self):
+            return list(made.lost) if self.given is not None else ["all"]
+
+        def refit_cuda_engine(self):
+            assert self.given == self.engine.plan["onnx"], "its own weights"
+            if not made.refits:
+                self.logger.log(1, "weights of another size")
+                return False
+            made.done.append(("refit", self.engine.graph))
+            self.engine.stripped = False
+            return True
+
+    class OnnxParserRefitter:
+        num_errors = 0
+
+        def __init__(self, refitter, logger):
+            self.refitter = refitter
+
+        def refit_from_file(self, path):
+            made.done.append(("read weights", path))
+            self.refitter.given = path
+            return not made.lost
+
+    made = SimpleNamespace(
+        done=[],
+        lost=[],
+        refits=True,
+        Refitter=Refitter,
+        OnnxParserRefitter=OnnxParserRefitter,
         __name__=name,
         __version__=version,
         ILogger=ILogger,
         Runtime=Runtime,
         ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED="user", STATIC="static"),
     )
+    return made
 
 
 class Engine:
@@ -61,7 +99,8 @@ class Engine:
         if plan["sm"] != device.facts().sm:
             raise LookupError(f"the engine is of compute capability {plan['sm'] / 10}")
         self.device, self.plan = device, plan
-        self.contexts = 0
+        self.contexts, self.stripped = 0, plan.get("stripped", False)
+        self.graph = plan["onnx"].rsplit("/", 1)[-1].removesuffix(".onnx")
         self.device_memory_size_v2 = next(
             (size for part, size in SCRATCH.items() if f"/{part}/" in plan["onnx"]), 4000
         )
@@ -115,7 +154,7 @@ class Context:
     def execute_async_v3(self, stream) -> bool:
         engine, plan = self.engine, self.engine.plan
         missing = [n for n, _, _ in plan["inputs"] if n not in self.at or n not in self.shapes]
-        if missing or self.scratch[1] < engine.device_memory_size_v2:
+        if missing or engine.stripped or self.scratch[1] < engine.device_memory_size_v2:
             return False
         at, shapes = dict(self.at), dict(self.shapes)
         outputs = [(n, self.get_tensor_shape(n), t) for n, t, _ in plan["outputs"]]

@@ -109,6 +109,32 @@ def deserialize(runtime: Any, messages: Messages, plan: bytes, whose: str, hint:
     )
 
 
+def refit(library: Any, messages: Messages, engine: Any, graph: Graph, whose: str) -> None:
+    """Give an engine that was built without weights those of its graph's file, for all contexts.
+
+    raises      ArtifactMismatch: the file lacks a weight of the engine, or has another one
+    source      TensorRT developer guide, refitting an engine; Python API, OnnxParserRefitter
+    """
+    messages.take()
+    logger = messages.logger(library)
+    refitter = library.Refitter(engine, logger)
+    parser = library.OnnxParserRefitter(refitter, logger)
+    read = parser.refit_from_file(str(graph.path))
+    said = [str(parser.get_error(i)).strip() for i in range(parser.num_errors)]
+    missing = list(refitter.get_missing_weights())
+    if read and not missing and refitter.refit_cuda_engine():
+        return
+    lacks = f"no values for {', '.join(missing[:3])}" if missing else ""
+    more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+    why = "; ".join(part for part in (lacks + more, *said) if part)
+    raise ArtifactMismatch(
+        f"the engine of {whose} was built without weights and cannot be given those of"
+        f" {graph.path.name}: {why if why else messages.take()}",
+        hint="build whole engines: leave SDENGINE_TRT=strip out; `sdengine inspect BUNDLE --verify`"
+        " tells whether the bundle is whole",
+    )
+
+
 class DeviceArray(Handle):
     """float32 on the device. Slices share the memory."""
 

@@ -21,7 +21,7 @@ from sdengine import api, backends
 from sdengine.backends import plans, tensorrt
 from sdengine.backends.cache import Store
 from sdengine.backends.cuda.device import Facts
-from sdengine.backends.cuda.engines import DeviceArray, Lanes, Messages, deserialize
+from sdengine.backends.cuda.engines import DeviceArray, Lanes, Messages, deserialize, refit
 from sdengine.engine.bundle import open_bundle
 from sdengine.engine.errors import (
     ArtifactMismatch,
@@ -56,7 +56,9 @@ def bundle():
 class Machine:
     """A GPU, a library, a cache, and how often something was built."""
 
-    def __init__(self, folder, store, kind=tensorrt.TensorRT, version="11.4.0", **facts):
+    def __init__(
+        self, folder, store, kind=tensorrt.TensorRT, version="11.4.0", strip=False, **facts
+    ):
         self.device = FakeDevice(folder, replace(FACTS, **facts))
         self.store, self.built = store, []
         name = plans.LIBRARIES[kind.target]
@@ -67,11 +69,11 @@ class Machine:
             self.opened.append(index)
             return self.device
 
-        self.backend = kind(store, open_device, self.library, self.build)
+        self.backend = kind(store, open_device, self.library, self.build, strip)
 
-    def build(self, library, graph, dims, facts):
-        self.built.append(graph.name)
-        return fake_tensorrt.plan_of(library, graph, dims, facts)
+    def build(self, library, graph, dims, facts, strip):
+        self.built.append(f"{graph.name} without weights" if strip else graph.name)
+        return fake_tensorrt.plan_of(library, graph, dims, facts, strip)
 
 
 @pytest.fixture
@@ -333,6 +335,88 @@ def test_an_engine_that_was_built_and_cannot_be_opened_is_an_error(folder, store
         load(machine, bundle)
     assert "sdengine export BUNDLE --target trt" in caught.value.hint
     assert "on sm89" in caught.value.hint
+
+
+# Engines without weights
+
+
+def test_a_stripped_engine_is_refitted_at_every_start(folder, store, bundle, reference):
+    """Built once, kept small; each start reads it, gives it the weights, and then runs it."""
+    graphs = bundle.components["unet"].graphs
+    for fresh in (True, False):
+        machine = Machine(folder, store, strip=True)
+        session = machine.backend.load(bundle.components["unet"], Profile(UNET))
+        near(session(feeds())["out_sample"], reference(feeds())["out_sample"])
+        names = ["prologue", "full"]
+        assert machine.built == [f"{n} without weights" for n in names if fresh]
+        wanted = []
+        for name in names:
+            wanted += [("open", name), ("read weights", str(graphs[name].path)), ("refit", name)]
+        assert machine.library.done == wanted
+        session.close()
+    recipes = {e.what["recipe"] for e in store.entries()}
+    assert recipes == {plans.STRIPPED}
+
+
+def test_an_engine_that_was_not_refitted_does_not_run(folder, store, bundle, monkeypatch):
+    """The fake is strict: without this, the test above could pass with no refit at all."""
+    monkeypatch.setattr(tensorrt, "refit", lambda *_: None)
+    machine = Machine(folder, store, strip=True)
+    with pytest.raises(BackendError, match="refuses the call"):
+        machine.backend.load(bundle.components["unet"], Profile(UNET))(feeds())
+
+
+def test_a_weight_that_is_missing_is_told_and_a_whole_engine_built(folder, store, bundle, caplog):
+    caplog.set_level(logging.INFO, "sdengine.backends")
+    machine = Machine(folder, store, strip=True)
+    machine.library.lost = ["a.weight", "b.weight", "c.weight", "d.weight"]
+    session = machine.backend.load(bundle.components["text_encoder"], Profile({"B": 1}))
+    assert session({"input_ids": np.zeros((1, 77), np.int64)})["last_hidden_state"].any()
+    assert machine.built == ["full without weights", "full"]
+    said = "no values for a.weight, b.weight, c.weight and 1 more"
+    assert any("with its weights, for" in m and said in m for m in caplog.messages)
+    assert [e.what["recipe"] for e in store.entries()] == [plans.RECIPE]
+
+
+def test_what_a_refit_refuses_has_a_next_step(machine, bundle):
+    library, graph = machine.library, bundle.components["text_encoder"].graphs["full"]
+    spans = plans.spans(graph, {"B": 1})
+    plan = fake_tensorrt.plan_of("tensorrt", graph, spans, FACTS, True)
+    messages = Messages()
+    runtime = library.Runtime(messages.logger(library))
+    engine = deserialize(runtime, messages, plan, "text_encoder/full", "hint")
+    library.lost = ["a.weight"]
+    with pytest.raises(
+        ArtifactMismatch, match=r"given those of full\.onnx: no values for a\.w"
+    ) as e:
+        refit(library, messages, engine, graph, "text_encoder/full")
+    assert "leave SDENGINE_TRT=strip out" in e.value.hint
+    assert "--verify" in e.value.hint
+    library.lost, library.refits = [], False
+    with pytest.raises(ArtifactMismatch, match="weights of another size"):
+        refit(library, messages, engine, graph, "text_encoder/full")
+
+
+def test_a_library_that_cannot_strip_builds_whole_engines(folder, store, bundle, caplog):
+    """As TensorRT-RTX 1.7.1 without a GPU."""
+    caplog.set_level(logging.INFO, "sdengine.backends")
+    machine = Machine(folder, store, strip=True)
+
+    def build(library, graph, dims, facts, strip):
+        if strip:
+            raise BackendError("graph_jit.cpp: CHECK(status == CUDA_SUCCESS)", hint="none")
+        return machine.build(library, graph, dims, facts, strip)
+
+    machine.backend._build = build
+    load(machine, bundle)
+    assert machine.built == ["prologue", "full"]
+    assert any("CUDA_SUCCESS" in m for m in caplog.messages)
+
+
+def test_stripping_is_asked_for_by_name(monkeypatch):
+    assert not tensorrt.TensorRT()._strip
+    monkeypatch.setenv("SDENGINE_TRT", "strip")
+    assert tensorrt.TensorRT()._strip
 
 
 def test_too_little_memory_is_said_before_the_build(folder, store, bundle):

@@ -68,6 +68,9 @@ class Library(ModuleType):
             def set_compute_capability(self, capability: Any, index: int) -> None:
                 library.said["capability"] = capability, index
 
+            def set_flag(self, flag: str) -> None:
+                library.said.setdefault("set", []).append(flag)
+
             def add_optimization_profile(self, profile: Any) -> None:
                 library.said["profile"] = profile
 
@@ -118,6 +121,7 @@ class Library(ModuleType):
 
         self.ILogger, self.Builder, self.OnnxParser = ILogger, Builder, OnnxParser
         self.ComputeCapability = Capability
+        self.BuilderFlag = SimpleNamespace(STRIP_PLAN="strip", REFIT_IDENTICAL="same", REFIT="any")
         self.NetworkDefinitionCreationFlag = SimpleNamespace(STRONGLY_TYPED=1)
 
 
@@ -143,6 +147,18 @@ def test_a_range_of_sizes_is_a_profile() -> None:
         "sample": ((1, 4, 16, 16), (2, 4, 16, 16), (8, 4, 16, 16)),
         "timestep": ((1,), (2,), (8,)),
     }
+
+
+def test_weights_are_left_out_when_that_is_asked_for() -> None:
+    library = Library()
+    build(library, job())
+    assert "set" not in library.said
+    build(library, job_for(GRAPH, STATIC, "tensorrt", Path("out.engine"), None, strip=True))
+    assert library.said["set"] == ["strip", "same"]
+    library.BuilderFlag = SimpleNamespace(REFIT="any")
+    with pytest.raises(BackendUnavailable, match="strips no weights: it has no STRIP_PLAN") as e:
+        build(library, job(strip=True))
+    assert "SDENGINE_TRT=strip" in e.value.hint
 
 
 def test_on_the_machine_with_the_gpu_no_capability_is_named() -> None:
