@@ -186,8 +186,8 @@ def choose_precision(
     proved = bundle.targets[backend].precisions if backend in bundle.targets else ()
     free = ("f32", *probe.trusted)
     usable = [p for p in probe.precisions if p in free or p in proved]
-    if asked is None:  # int8 changes the picture: it is asked for, by name or by preset
-        return next(p for p in usable if p != "int8")
+    if asked is None:  # 8 bits change the picture: they are asked for, by name or by preset
+        return next(p for p in usable if p not in ("int8", "fp8"))
     if asked in usable:
         return asked
     if asked not in PRECISIONS:

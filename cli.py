@@ -545,7 +545,7 @@ def export(
     ] = None,
     calibration: Annotated[
         Path | None,
-        typer.Option(help="Prompts to calibrate int8 with, one a line; without it, our own."),
+        typer.Option(help="Prompts to calibrate 8 bits with, one a line; without it, our own."),
     ] = None,
     search: Annotated[
         float | None,
@@ -638,6 +638,7 @@ def export(
                 found, place, **what, force=force, progress=lambda at, done: report(at, done, 1.0)
             )
         if nvidia:
+            typed |= _given(prompts=what.get("prompts"))
             add_nvidia(
                 bundle, nvidia, ask=ask, **typed, progress=lambda at, done: report(at, done, 1.0)
             )

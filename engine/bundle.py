@@ -464,7 +464,7 @@ _COMPONENT = fields.record(
     },
     optional={
         "quantised": fields.mapping(fields.one_of("int8"), _TWIN),
-        "typed": fields.mapping(fields.one_of("f16", "bf16", "int8"), _TWIN),
+        "typed": fields.mapping(fields.one_of("f16", "bf16", "int8", "fp8"), _TWIN),
     },
 )
 

@@ -20,7 +20,7 @@ from .table import Table
 from .weights import totals
 
 # Bytes of a number as the engine keeps it, weight or activation.
-WIDTH: Mapping[Precision, int] = {"f32": 4, "bf16": 2, "f16": 2, "int8": 2}
+WIDTH: Mapping[Precision, int] = {"f32": 4, "bf16": 2, "f16": 2, "int8": 2, "fp8": 2}
 BASE = 200 * memory.MIB  # interpreter, libraries, vocabulary
 
 

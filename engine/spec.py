@@ -15,11 +15,11 @@ from typing import Any, Literal
 
 Dim = int | str
 DType = Literal["float32", "int64"]
-Precision = Literal["f32", "bf16", "f16", "int8"]
+Precision = Literal["f32", "bf16", "f16", "int8", "fp8"]
 
 DTYPES: tuple[str, ...] = ("float32", "int64")
 BAND = re.compile(r"inner|outer\d+")
-PRECISIONS: tuple[str, ...] = ("f32", "bf16", "f16", "int8")
+PRECISIONS: tuple[str, ...] = ("f32", "bf16", "f16", "int8", "fp8")
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Component:
     key          content hash over weights and graphs: the cache key of compiled artefacts
     quantised    precision -> the same network with graphs and weights of its own
     typed        precision -> the same network with strongly typed graphs: every tensor says in the
-                 graph what it is computed in, as TensorRT demands. int8: Q/DQ, float16 beside it
+                 graph what it is computed in, as TensorRT demands. int8, fp8: Q/DQ, float16 beside
     engines      of a typed network: what was compiled of it ahead of time
     """
 

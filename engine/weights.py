@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from . import fields
 from .errors import BadManifest, CorruptPart, StorageError
 
-ITEM_BYTES: Mapping[str, int] = {"F16": 2, "BF16": 2, "F32": 4, "I8": 1}
+ITEM_BYTES: Mapping[str, int] = {"F16": 2, "BF16": 2, "F32": 4, "I8": 1, "F8_E4M3": 1}
 
 _MAX_HEADER = 100_000_000  # the limit of the safetensors library itself
 _REFETCH = "fetch the file again, or export the model again: `sdengine export`"

@@ -58,7 +58,7 @@ class Way:
 WAYS: Mapping[str, tuple[Precision, ...]] = {
     "onnxruntime": ("f32", "int8"),
     "openvino": ("f32", "bf16", "int8"),
-    "trt": ("f16", "bf16", "int8"),
+    "trt": ("f16", "bf16", "int8", "fp8"),
 }
 
 

@@ -10,6 +10,7 @@ checked by  tests/parity/test_typed_export.py, tests/contract/test_trt_rtx.py
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -21,7 +22,7 @@ import numpy as np
 
 from ..backends import machine, plans
 from ..backends.plan_build import capabilities, check_capability, job_for, load
-from ..backends.plans import RTX, TRT
+from ..backends.plans import RTX, TRT, check_precision
 from ..engine.bundle import MANIFEST, Bundle, ParityRecord, open_bundle
 from ..engine.errors import RequestError, UnknownName
 from ..engine.safety import COMPONENT as CLASSIFIER
@@ -32,12 +33,15 @@ from .builds import Planned, check_memory, need, run_builds
 from .checkpoint import open_checkpoint
 from .components import parts
 from .parity import GATES, Gate, judge
+from .quantize import LEAST_DB, Choice, fp8_choices
 from .record import NATIVE, PROMPTS, record
 from .repro import keep_repro, link
 from .run import _cuts, _described, _merged, _within
 from .shapes import Ask, check, profiles
 from .targets.tensorrt import PRECISIONS, Emulated
 from .typed import Written, write_typed
+
+log = logging.getLogger("sdengine.export")
 
 TARGETS = (TRT, RTX)
 LIBRARY = "tensorrt_rtx"
@@ -54,10 +58,12 @@ def add_nvidia(
     ask: Ask | None = None,
     gates: Mapping[Precision, Gate] | None = None,
     progress: Report | None = None,
+    prompts: Sequence[str] | None = None,
 ) -> Path:
     """Put typed graphs, and engines, into the bundle at `path`; returns it.
 
     What is there of the same fingerprint stays. The new bundle takes the old one's place.
+    prompts     what fp8 is calibrated on; None: a built-in list
     raises      UnknownName, RequestError, BackendUnavailable (an SM, the library), BackendError
                 (memory, a build), ParityFailure, BundleError, StorageError
     """
@@ -81,7 +87,7 @@ def add_nvidia(
         }
         if missing:
             networks |= _add_typed(
-                bundle, folder, content, missing, {**GATES, **(gates or {})},
+                bundle, folder, content, missing, {**GATES, **(gates or {})}, prompts,
                 _within(report, 0.0, 0.5 if RTX in targets else 1.0),
             )  # fmt: skip
         _state(content, TRT, precisions)
@@ -115,10 +121,9 @@ def _check(
             "for which GPUs should TensorRT-RTX engines be built?",
             hint=f"name their compute capabilities: --sm 86,89,120; it knows {known}",
         )
-    if 75 in ask.sms and "bf16" in precisions:
-        raise RequestError(
-            "sm75 has no bfloat16", hint="build float16 for it: --sm 75 --precision f16"
-        )
+    for sm in ask.sms:
+        for precision in precisions:
+            check_precision(precision, sm)
 
 
 def _traced(bundle: Bundle) -> dict[str, Component]:
@@ -146,6 +151,7 @@ def _add_typed(
     content: dict[str, Any],
     precisions: Sequence[Precision],
     gates: Mapping[Precision, Gate],
+    prompts: Sequence[str] | None,
     report: Report,
 ) -> dict[tuple[str, Precision], Component]:
     """Write and judge the typed networks; the manifest is told."""
@@ -154,24 +160,41 @@ def _add_typed(
     tokenizer = Tokenizer(bundle.tokenizer_file, bundle.facts.tokenizer)
     ids = np.array([tokenizer.encode(p).ids for p in PROMPTS], np.int64)
     cases = record(described, weights, bundle.facts, ids, _within(report, 0.0, 0.5))
-    backend = Emulated()
+    choices: Mapping[str, Choice] = {}
+    if "fp8" in precisions:
+        choices = fp8_choices(bundle, prompts, cases, _within(report, 0.5, 0.6))
     found: dict[tuple[str, Precision], Component] = {}
     records: list[ParityRecord] = []
     steps = [(p, c) for p in precisions for c in _traced(bundle).values()]
     for i, (precision, component) in enumerate(steps):
         name = component.spec.name
-        report(f"typed graphs of {name} in {precision}", 0.5 + 0.5 * i / len(steps))
-        written = write_typed(component, bundle.path, folder, precision)
+        report(f"typed graphs of {name} in {precision}", 0.6 + 0.4 * i / len(steps))
         large = component.weights.stat().st_size > LARGE
         chosen = [c for c in cases[name] if not large or c.name != NATIVE]
-        records += judge(
-            written.component, backend, precision, chosen, gates[precision],
-            keep=partial(keep_repro, bundle.path),
-        )  # fmt: skip
+        rounded = choices.get(name) if precision == "fp8" else None
+        ways = [None] if rounded is None else [rounded, None]  # the second: the first is too coarse
+        for choice in ways:
+            written = write_typed(component, bundle.path, folder, precision, choice)
+            judged = judge(
+                written.component, Emulated(), precision, chosen, gates[precision],
+                keep=partial(keep_repro, bundle.path),
+            )  # fmt: skip
+            if choice is None or not _too_coarse(name, judged):
+                break
+            log.info("%s computes in float16: %g dB are due", name, LEAST_DB[name])
+            for file in written.files:
+                file.unlink()
+        records += judged
         _describe(content, folder, component, precision, written)
         found[name, precision] = written.component
     content["parity"] = _merged(content["parity"], [asdict(r) for r in records])
     return found
+
+
+def _too_coarse(name: str, records: Sequence[ParityRecord]) -> bool:
+    """Whether the pictures of a network in 8 bits would show it."""
+    found = [r.psnr_db for r in records if r.graph == "full" and r.psnr_db is not None]
+    return min(found, default=np.inf) < LEAST_DB.get(name, 0.0)
 
 
 def _describe(

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..backends.openvino import library
 from ..engine.ports import Array, Floats
-from .graph.quantize import Grid
+from .graph.quantize import INT8, Grid, Steps
 from .record import free_memory
 
 KEPT = 8192  # values kept of each activation in each sample
@@ -95,10 +95,15 @@ def observe(
     return {n: Seen(lows[n], highs[n], np.concatenate(kept[n])) for n in names}
 
 
-def grid(seen: Seen, *, symmetric: bool, weights: Floats | None = None) -> Grid:
+def grid(
+    seen: Seen, *, symmetric: bool, weights: Floats | None = None, steps: Steps = INT8
+) -> Grid:
     """The grid of least squared error on the values that were seen.
 
-    symmetric   int8 about zero; else uint8 with zero among its values
+    Steps of a floating point have their finest below the largest value, however large that is:
+    nothing is gained by cutting it off.
+
+    symmetric   about zero; else uint8 with zero among its values
     weights     what a channel's squared error counts, [C]; None: all alike
     """
     x = np.vstack([seen.values[:: 1 + seen.values.size // MOST], seen.lows, seen.highs])
@@ -106,7 +111,9 @@ def grid(seen: Seen, *, symmetric: bool, weights: Floats | None = None) -> Grid:
     low, high = min(float(seen.lows.min()), 0.0), max(float(seen.highs.max()), 0.0)
     largest = max(-low, high)
     if largest == 0:
-        return Grid(1.0, None if symmetric else 0)
+        return Grid(1.0, None if symmetric else 0, steps)
+    if steps is not INT8:
+        return Grid(float(np.float32(largest / steps.largest)), None, steps)
     best: tuple[float, Grid] | None = None
     for share in SHARES:
         if symmetric:
@@ -123,10 +130,12 @@ def grid(seen: Seen, *, symmetric: bool, weights: Floats | None = None) -> Grid:
 
 def rounding_error(values: Floats, chosen: Grid) -> Floats:
     """What rounding to the grid changes, in the values' own shape."""
-    zero = 0 if chosen.zero is None else chosen.zero
-    low, high = (-127, 127) if chosen.zero is None else (-zero, 255 - zero)
     scale = np.float32(chosen.scale)
-    found: Floats = np.clip(np.rint(values / scale), low, high) * scale - values
+    if chosen.zero is None:
+        steps = chosen.steps.of(values / scale).astype(np.float32)
+    else:
+        steps = np.clip(np.rint(values / scale), -chosen.zero, 255 - chosen.zero)
+    found: Floats = steps * scale - values
     return found
 
 

@@ -7,7 +7,9 @@ The UNet's and the decoder's layers compute in int8, unless what was seen says t
 input does not fit 256 values; the other networks run once a picture: theirs are stored in int8 and
 computed in float. One set of graphs, in ONNX's own terms, serves OpenVINO and ONNX Runtime.
 
-checked by  tests/parity/test_quantize.py
+fp8 goes the same way with other steps, for TensorRT alone: export/typed.py writes its graphs.
+
+checked by  tests/parity/test_quantize.py, tests/parity/test_fp8.py
 """
 
 from __future__ import annotations
@@ -35,11 +37,14 @@ from .calibration import PROMPTS, record_runs
 from .containers import TensorRef, open_container
 from .graph.count import by_node
 from .graph.quantize import (
+    E4M3,
+    INT8,
     SCALE,
     Divisors,
     Grid,
     Grids,
     Layer,
+    Steps,
     layers,
     quantized,
     rounded_weight,
@@ -47,7 +52,7 @@ from .graph.quantize import (
 from .graph.tools import save
 from .observe import Seen, grid, observe
 from .parity import distance
-from .record import Recording, free_memory
+from .record import NATIVE, Recording, free_memory
 from .search import SAMPLES as NOISE_SAMPLES
 from .search import measure, worst
 from .smooth import Fit, fit
@@ -122,23 +127,56 @@ def quantise_all(
     raises      StorageError, BackendError
     """
     backend = OpenVINO(Store(limit=0))
-    calls: Mapping[str, Sequence[Feeds]] = {}
-    if bundle.facts.variant == "base":
-        chosen = PROMPTS if prompts is None else prompts
-        sizes = {n: c.weights.stat().st_size for n, c in bundle.components.items()}
-        precision = drawing_precision(max(sizes.values()), backend)
-        calls = record_runs(bundle, backend, precision, chosen, _within(report, 0.0, 0.3))
+    samples = calibration_samples(bundle, prompts, cases, backend, _within(report, 0.0, 0.3))
     search = None
     if search_s is not None:
         search = Search(search_s, FLOAT_SHARE, partial(noise_level, bundle.facts.schedule))
     result = {}
     for i, (name, component) in enumerate(bundle.components.items()):
-        samples = calls[name] if name in calls else [c.feeds for c in cases.get(name, ())]
         share = 0.3 + 0.7 * i / len(bundle.components)
         end = share + 0.7 / len(bundle.components)
         within = _within(report, share, end)
-        result[name] = quantise(component, folder / name, samples, backend, within, search)
+        result[name] = quantise(component, folder / name, samples[name], backend, within, search)
     return result
+
+
+def calibration_samples(
+    bundle: Bundle,
+    prompts: Sequence[str] | None,
+    cases: Recording,
+    backend: OpenVINO,
+    report: Report,
+) -> dict[str, Sequence[Feeds]]:
+    """What every network of a bundle is fed with in real runs; parameters as of `quantise_all`."""
+    calls: Mapping[str, Sequence[Feeds]] = {}
+    if bundle.facts.variant == "base":
+        chosen = PROMPTS if prompts is None else prompts
+        sizes = {n: c.weights.stat().st_size for n, c in bundle.components.items()}
+        precision = drawing_precision(max(sizes.values()), backend)
+        calls = record_runs(bundle, backend, precision, chosen, report)
+    recorded = {n: [c.feeds for c in cases.get(n, ())] for n in bundle.components}
+    return {**recorded, **calls}
+
+
+def fp8_choices(
+    bundle: Bundle, prompts: Sequence[str] | None, cases: Recording, report: Report
+) -> dict[str, Choice]:
+    """For each network that computes in fp8: grids from the runs that int8 is calibrated on, the
+    same layers in float by rule, and the weights of all layers without a grid as they were."""
+    backend = OpenVINO(Store(limit=0))
+    samples = calibration_samples(bundle, prompts, cases, backend, _within(report, 0.0, 0.4))
+    found = {}
+    for name in COMPUTED:
+        component = bundle.component(name)
+        # what is largest counts alone: the recorded cases are looked at too
+        seen = [c.feeds for c in cases.get(name, ()) if c.name != NATIVE]
+        taken = [*spread(samples[name], SAMPLES), *seen]
+        feeds = step_feeds(component, taken, backend)
+        chosen = by_rule(component, fitted(component, feeds, backend, report, E4M3))
+        models = [ir.load(graph.path) for graph in component.graphs.values()]
+        every = {la.name for m in models for la in layers(m) if la.weight is not None}
+        found[name] = chosen.without(frozenset(every - set(chosen.grids)))
+    return found
 
 
 def quantise(
@@ -181,7 +219,11 @@ def quantise(
 
 
 def fitted(
-    component: Component, feeds: Sequence[Feeds], backend: OpenVINO, report: Report
+    component: Component,
+    feeds: Sequence[Feeds],
+    backend: OpenVINO,
+    report: Report,
+    steps: Steps = INT8,
 ) -> Choice:
     """Grids and divisors for the layers of `full`, by what their inputs were on these feeds."""
     graph = component.graphs["full"]
@@ -202,10 +244,11 @@ def fitted(
     divisors: dict[str, Floats] = {}
     for layer in found:
         if layer.weight is None:
-            grids[layer.name] = tuple(grid(seen[n], symmetric=True) for n in layer.inputs)
+            found_grids = (grid(seen[n], symmetric=True, steps=steps) for n in layer.inputs)
+            grids[layer.name] = tuple(found_grids)
     for (name, _), users in sharing.items():
         weights = [_floats(stored[str(layer.weight)]) for layer in users]
-        chosen = fitting(users[0], seen[name], weights)
+        chosen = fitting(users[0], seen[name], weights, steps)
         for layer in users:
             if -10 * np.log10(max(chosen.noise, 1e-30)) < FLOOR_DB:
                 log.info("%s stays in float: 8 bits lose too much of its input", layer.name)
@@ -271,10 +314,10 @@ def products(graph: Graph) -> list[Layer]:
     return [layer for layer in found if layer.weight is not None or layer.scores]
 
 
-def fitting(layer: Layer, seen: Seen, weights: Sequence[Floats]) -> Fit:
+def fitting(layer: Layer, seen: Seen, weights: Sequence[Floats], steps: Steps = INT8) -> Fit:
     """A convolution reads SiLU, nearly all positive: about zero it would waste half of the values.
     A product of matrices is computed faster about zero."""
-    return fit(seen, weights, symmetric=layer.op != "Conv")
+    return fit(seen, weights, symmetric=layer.op != "Conv" or steps is not INT8, steps=steps)
 
 
 def channel_axis(layer: Layer) -> int:
@@ -315,16 +358,7 @@ def write_twin(component: Component, folder: Path, choice: Choice) -> Component:
     """Graphs and weights of a component whose layers have int8 weights, all but `choice.floats`."""
     folder.mkdir(parents=True, exist_ok=True)
     models = {name: ir.load(graph.path) for name, graph in component.graphs.items()}
-    rounded = {
-        layer.weight: choice.divisors.get(layer.name) if layer.name in choice.grids else None
-        for model in models.values()
-        for layer in layers(model)
-        if layer.weight is not None and layer.name not in choice.floats
-    }
-    stored = open_container(component.weights).tensors
-    refs: list[TensorRef] = []
-    for name, tensor in stored.items():
-        refs += _rounded(tensor, rounded[name]) if name in rounded else [tensor]
+    refs = rounded_weights(component, models, choice, INT8)
     weights_sha256 = write_weights(folder / WEIGHTS, refs)
     header = read_header(folder / WEIGHTS)
     graphs = {}
@@ -345,6 +379,22 @@ def write_twin(component: Component, folder: Path, choice: Choice) -> Component:
         key=key,
         quantised={},
     )
+
+
+def rounded_weights(
+    component: Component, models: Mapping[str, ir.Model], choice: Choice, steps: Steps
+) -> list[TensorRef]:
+    """All weights of a component, those of layers outside `choice.floats` in steps."""
+    rounded = {
+        layer.weight: choice.divisors.get(layer.name) if layer.name in choice.grids else None
+        for model in models.values()
+        for layer in layers(model)
+        if layer.weight is not None and layer.name not in choice.floats
+    }
+    refs: list[TensorRef] = []
+    for name, tensor in open_container(component.weights).tensors.items():
+        refs += _rounded(tensor, rounded[name], steps) if name in rounded else [tensor]
+    return refs
 
 
 def recipe(component: Component) -> dict[str, Any]:
@@ -388,8 +438,8 @@ def spread(samples: Sequence[Feeds], count: int) -> list[Feeds]:
     return [samples[i] for i in places]
 
 
-def _rounded(tensor: TensorRef, by: Floats | None) -> list[TensorRef]:
-    """int8 values of a weight and their scales; computed when written.
+def _rounded(tensor: TensorRef, by: Floats | None, steps: Steps) -> list[TensorRef]:
+    """A weight in steps, and their scales; computed when written.
 
     by          what its input channels are multiplied by, [C]
     """
@@ -397,7 +447,7 @@ def _rounded(tensor: TensorRef, by: Floats | None) -> list[TensorRef]:
     def found() -> tuple[np.ndarray, Floats]:
         weight = _floats(tensor)
         factors = 1 if by is None else by.reshape(-1, *[1] * (weight.ndim - 2))
-        return rounded_weight(weight * factors)
+        return rounded_weight(weight * factors, steps)
 
     def values() -> Any:
         return found()[0].reshape(-1).view(np.uint8)
@@ -406,7 +456,7 @@ def _rounded(tensor: TensorRef, by: Floats | None) -> list[TensorRef]:
         return found()[1].view(np.uint8)
 
     return [
-        TensorRef(tensor.name, "I8", tensor.shape, values),
+        TensorRef(tensor.name, steps.stored, tensor.shape, values),
         TensorRef(tensor.name + SCALE, "F32", tensor.shape[:1], scales),
     ]
 

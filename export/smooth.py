@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..engine.ports import Floats
-from .graph.quantize import Grid, rounded_weight
+from .graph.quantize import INT8, Grid, Steps, rounded_weight
 from .observe import Seen, grid, rounding_error
 
 STRENGTHS = (0.0, 0.35, 0.5, 0.65, 0.8)  # 0: nothing is divided
@@ -36,17 +36,19 @@ class Fit:
     noise: float
 
 
-def fit(seen: Seen, weights: Sequence[Floats], *, symmetric: bool) -> Fit:
+def fit(seen: Seen, weights: Sequence[Floats], *, symmetric: bool, steps: Steps = INT8) -> Fit:
     """The best fit for one activation.
 
     seen        of the activation
     weights     of all layers that take it: [O, C, ...]
     symmetric   see `grid`
+    steps       of a floating point are as fine for a small channel: nothing is divided
     """
     few = [w[:: 1 + len(w) // ROWS].reshape(-1, w.shape[1], *w.shape[2:]) for w in weights]
     power = np.mean(seen.values.astype(np.float64) ** 2, axis=0)
     signal = sum(float(power @ _squares(w)) for w in few)
-    found = [_tried(seen, few, by, power, signal, symmetric) for by in _choices(seen, few)]
+    choices = _choices(seen, few) if steps is INT8 else [None]
+    found = [_tried(seen, few, by, power, signal, symmetric, steps) for by in choices]
     return min(found, key=lambda f: f.noise)
 
 
@@ -72,6 +74,7 @@ def _tried(
     power: Floats,
     signal: float,
     symmetric: bool,
+    steps: Steps,
 ) -> Fit:
     """power: [C], mean square of each channel; signal: mean square of the output, times outputs"""
     if by is not None:
@@ -79,12 +82,13 @@ def _tried(
         power = power / by.astype(np.float64) ** 2
         weights = [w * by.reshape(-1, *[1] * (w.ndim - 2)) for w in weights]
     counts: Floats = np.sum([_squares(w) for w in weights], axis=0)
-    chosen = grid(seen, symmetric=symmetric, weights=counts)
+    chosen = grid(seen, symmetric=symmetric, weights=counts, steps=steps)
     error = np.mean(rounding_error(seen.values, chosen).astype(np.float64) ** 2, axis=0)
     noise = float(error @ counts)
     for weight in weights:
-        steps, scale = rounded_weight(weight)
-        lost = steps * scale.reshape(-1, *[1] * (weight.ndim - 1)) - weight
+        rounded, scale = rounded_weight(weight, steps)
+        wide = rounded.astype(np.float32)
+        lost = wide * scale.reshape(-1, *[1] * (weight.ndim - 1)) - weight
         noise += float(power @ _squares(lost))
     return Fit(by, chosen, noise / max(signal, 1e-300))
 

@@ -3,15 +3,16 @@
     unet/full.onnx ──> unet/full.f16.onnx   weights.safetensors where it is float16 already,
                                             weights.f16.safetensors where it is not
     unet/int8/full.onnx ──> unet/int8/full.int8.onnx   the quantised network's own weights
+    unet/full.onnx ──> unet/full.fp8.onnx   weights.fp8.safetensors, made of weights.safetensors
 
-checked by  tests/parity/test_typed.py
+checked by  tests/parity/test_typed.py, tests/parity/test_fp8.py
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,13 @@ import torch
 
 from ..engine.errors import ExportError
 from ..engine.spec import Component, Precision
-from ..engine.weights import read_header
+from ..engine.weights import Stored, read_header
 from .containers import TensorRef, open_container
+from .graph.quantize import E4M3, SCALE, quantized
 from .graph.tools import save
 from .graph.typed import BF16, F16, F32, HALVES, Typed, bound, typed
 from .graph.weights import TYPES
+from .quantize import Choice, rounded_weights
 from .weights_file import write_weights
 
 STORED = {F16: "F16", BF16: "BF16", F32: "F32"}
@@ -48,23 +51,34 @@ class Written:
     files: tuple[Path, ...]
 
 
-def write_typed(component: Component, bundle: Path, folder: Path, precision: Precision) -> Written:
+def write_typed(
+    component: Component,
+    bundle: Path,
+    folder: Path,
+    precision: Precision,
+    choice: Choice | None = None,
+) -> Written:
     """The typed network of a component, its graphs written into `folder`.
 
     component   of the bundle, as its reader gave it
     bundle      where its files are
     folder      where the bundle is being written anew; the component's weights are in it already
+    choice      for fp8: what is rounded to which grid; None: nothing, all of it is in float16
     raises      TraceError; ExportError: int8 without a quantised network
     """
     origin = _origin(component, precision)
     half = HALVES[precision]
-    made = {name: typed(ir.load(g.path), half) for name, g in origin.graphs.items()}
-    wants = _union(made)
+    models = {name: ir.load(g.path) for name, g in origin.graphs.items()}
+    refs: Sequence[TensorRef] = list(open_container(origin.weights).tensors.values())
+    if choice is not None:
+        refs = rounded_weights(origin, models, choice, E4M3)
+        models = _rounding(models, refs, choice)
+    made = {name: typed(model, half) for name, model in models.items()}
+    derived = _changed(_union(made), refs, half)
     weights = folder / origin.weights.relative_to(bundle)
     sha256, files = origin.weights_sha256, []
-    if derived := _changed(wants, origin.weights, half):
+    if derived or choice is not None:
         weights = weights.with_name(f"weights.{precision}.safetensors")
-        refs = open_container(origin.weights).tensors.values()
         sha256 = write_weights(
             weights, [_as_half(t, STORED[half]) if t.name in derived else t for t in refs]
         )
@@ -90,6 +104,8 @@ def write_typed(component: Component, bundle: Path, folder: Path, precision: Pre
         engines=(),
     )
     recipe = {"half": half.name.lower(), "cast_weights": len(derived)}
+    if choice is not None:
+        recipe |= {"fp8_layers": len(choice.grids), "fp8": "e4m3, amax / 448"}
     return Written(network, origin.weights_sha256, recipe, tuple(files))
 
 
@@ -111,12 +127,29 @@ def _union(made: Mapping[str, Typed]) -> Wants:
     return {n: empty.union(*(one.wants.get(n, empty) for one in made.values())) for n in names}
 
 
-def _changed(wants: Wants, weights: Path, half: ir.DataType) -> frozenset[str]:
+def _rounding(
+    models: Mapping[str, ir.Model], refs: Sequence[TensorRef], choice: Choice
+) -> dict[str, ir.Model]:
+    """The Q/DQ twins, for typing: they point to a file that is still to be written, and have their
+    weights' scales in themselves."""
+    stored = {t.name: Stored(t.dtype, t.shape, 0, t.nbytes) for t in refs}
+    scales = {t.name: t for t in refs if t.name.endswith(SCALE)}
+    found = {}
+    for name, model in models.items():
+        twin = quantized(model, choice.grids, stored, location="", divisors=choice.divisors)
+        for key in scales.keys() & twin.graph.initializers.keys():
+            numbers = scales[key].torch().numpy()
+            twin.graph.initializers[key].const_value = ir.tensor(numbers, name=key)
+        found[name] = twin
+    return found
+
+
+def _changed(wants: Wants, refs: Sequence[TensorRef], half: ir.DataType) -> frozenset[str]:
     """The weights that are only taken in half precision, and stored as something else."""
-    stored = read_header(weights)
+    stored = {t.name: t.dtype for t in refs}
     return frozenset(
         name for name, types in wants.items()
-        if types == {half} and TYPES.get(stored[name].dtype) != half
+        if types == {half} and TYPES.get(stored[name]) != half
     )  # fmt: skip
 
 

@@ -1,13 +1,15 @@
-"""Eight-bit twins: a graph whose layers multiply int8 weights by activations rounded to 8 bits.
+"""Eight-bit twins: a graph whose layers multiply 8-bit weights by activations rounded to 8 bits.
 
 A layer is a convolution or a product of an activation with a weight; an attention's two products
 have no weight. Around each chosen one stand QuantizeLinear and DequantizeLinear, which ONNX
-Runtime, OpenVINO and TensorRT all take for "compute this in int8". Weights are rounded one output
+Runtime, OpenVINO and TensorRT all take for "compute this in 8 bits". Weights are rounded one output
 channel at a time, symmetric; activations with one scale for the tensor, after each channel was
-divided by a number of its own, which the weight is multiplied by.
+divided by a number of its own, which the weight is multiplied by. What numbers are rounded to is
+data: `INT8`, `E4M3`.
 
 source      ONNX operator specifications, opset 21; Jacob et al. 2017, arXiv:1712.05877; the
-            channels' numbers: Xiao et al. 2022, SmoothQuant, arXiv:2211.10438
+            channels' numbers: Xiao et al. 2022, SmoothQuant, arXiv:2211.10438; E4M3:
+            Micikevicius et al. 2022, arXiv:2209.05433
 checked by  tests/parity/test_quantize.py
 """
 
@@ -15,7 +17,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
@@ -45,14 +49,40 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Grid:
-    """The 256 values an activation is rounded to: scale * (q - zero), q in 0..255 or -128..127.
+class Steps:
+    """The numbers about zero that a value over its scale is rounded to.
 
-    zero        None: symmetric, q is int8; else q is uint8
+    name        of the precision, and of what stands for it in the graph
+    stored      as safetensors spells it
+    largest     where a value's largest goes
+    """
+
+    name: str
+    stored: str
+    dtype: np.dtype[Any]
+    largest: float
+
+    def of(self, values: Floats) -> np.ndarray:
+        """Rounded to nearest; beyond the largest becomes the largest. Values over their scale."""
+        kept = np.clip(values, -self.largest, self.largest)
+        return (np.rint(kept) if self.dtype.kind == "i" else kept).astype(self.dtype)
+
+
+INT8 = Steps("int8", "I8", np.dtype(np.int8), 127.0)
+E4M3 = Steps("fp8", "F8_E4M3", np.dtype(ml_dtypes.float8_e4m3fn), 448.0)
+STORED = {s.stored: s for s in (INT8, E4M3)}
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The 256 values an activation is rounded to: scale * (q - zero).
+
+    zero        None: q is one of `steps`; else q is uint8, 0..255
     """
 
     scale: float
     zero: int | None = None
+    steps: Steps = INT8
 
 
 Grids = Mapping[str, tuple[Grid, ...]]  # layer -> one for each input; () leaves them in float
@@ -94,7 +124,7 @@ def quantized(
 
     grids       the layers to change; all others stay as they are
     divisors    of those among them that have some: the file's weights are multiplied by them
-    stored      what the file holds; a weight of type I8 has its scales beside it
+    stored      what the file holds; a weight of 8 bits has its scales beside it
     """
     model = copy_of(model)
     graph = model.graph
@@ -124,12 +154,11 @@ def quantized(
     return model
 
 
-def rounded_weight(weight: Floats) -> tuple[np.ndarray, Floats]:
-    """int8 of the same shape, and float32 scales: one for each entry of the first axis."""
+def rounded_weight(weight: Floats, steps: Steps = INT8) -> tuple[np.ndarray, Floats]:
+    """Steps in the weight's shape, and float32 scales: one for each entry of the first axis."""
     largest = np.abs(weight).reshape(len(weight), -1).max(axis=1)
-    scale = np.where(largest > 0, largest / 127, 1).astype(np.float32)
-    steps = weight / scale.reshape(-1, *[1] * (weight.ndim - 1))
-    return np.clip(np.rint(steps), -127, 127).astype(np.int8), scale
+    scale = np.where(largest > 0, largest / steps.largest, 1).astype(np.float32)
+    return steps.of(weight / scale.reshape(-1, *[1] * (weight.ndim - 1))), scale
 
 
 def along(values: Floats, layer: Layer) -> Floats:
@@ -161,15 +190,15 @@ def _source(value: ir.Value) -> ir.Value | None:
 
 
 def _rebind(graph: ir.Graph, stored: Mapping[str, Stored], location: str) -> None:
-    """Every weight from the other file; those that are int8 there through a DequantizeLinear."""
+    """Every weight from the other file; those of 8 bits there through a DequantizeLinear."""
     for name in [n for n, v in graph.initializers.items()
                  if isinstance(v.const_value, ir.ExternalTensor)]:  # fmt: skip
         old = graph.initializers[name]
         where = stored[name]
-        if where.dtype != "I8":
+        if where.dtype not in STORED:
             _external(old, where, location)
             continue
-        weight = ir.Value(name=f"{name}/int8")
+        weight = ir.Value(name=f"{name}/{STORED[where.dtype].name}")
         scale = ir.Value(name=name + SCALE)
         _external(weight, where, location)
         _external(scale, stored[name + SCALE], location)
@@ -191,7 +220,7 @@ def _rebind(graph: ir.Graph, stored: Mapping[str, Stored], location: str) -> Non
 
 
 def _external(value: ir.Value, where: Stored, location: str) -> None:
-    dtype = ir.DataType.INT8 if where.dtype == "I8" else TYPES[where.dtype]
+    dtype = TYPES[where.dtype]
     shape = ir.Shape(where.shape)
     value.const_value = ir.ExternalTensor(
         location, where.offset, where.nbytes, dtype, shape=shape, name=str(value.name)
@@ -201,8 +230,8 @@ def _external(value: ir.Value, where: Stored, location: str) -> None:
 
 def _round(graph: ir.Graph, before: ir.Node, value: ir.Value, grid: Grid, index: int) -> ir.Value:
     """QuantizeLinear and DequantizeLinear behind a value."""
-    name = f"{value.name}/int8_{index}"
-    zero = np.int8(0) if grid.zero is None else np.uint8(grid.zero)
+    name = f"{value.name}/{grid.steps.name}_{index}"
+    zero = grid.steps.dtype.type(0) if grid.zero is None else np.uint8(grid.zero)
     pair = [_constant(graph, f"{name}/{n}", v)
             for n, v in (("scale", np.float32(grid.scale)), ("zero", zero))]  # fmt: skip
     steps = ir.Value(name=f"{name}/steps")

@@ -30,13 +30,14 @@ import onnx_ir as ir
 from ...engine.errors import TraceError
 from ...engine.spec import Precision
 from ...engine.weights import Stored
+from .quantize import STORED as QUANTISED
 from .tidy import drop_unused
 from .tools import copy_of
 from .weights import TYPES
 
 F32, F16, BF16 = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16
 FLOATS = (F32, F16, BF16)
-HALVES: Mapping[Precision, ir.DataType] = {"f16": F16, "bf16": BF16, "int8": F16}
+HALVES: Mapping[Precision, ir.DataType] = {"f16": F16, "bf16": BF16, "int8": F16, "fp8": F16}
 NUMPY = {F32: np.dtype(np.float32), F16: np.dtype(np.float16), BF16: np.dtype(ml_dtypes.bfloat16)}
 LEAST = np.float32(2.0**-24)  # of float16: a scale must not become 0
 EARLY = ("timestep", "class_labels")  # what hangs on these alone is the time branch
@@ -87,8 +88,7 @@ def bound(made: Typed, stored: Mapping[str, Stored], *, location: str) -> ir.Mod
     for value in [v for v in graph.inputs if "@" in str(v.name)]:
         graph.inputs.remove(value)
         name = str(value.name).rpartition("@")[0]
-        # graph/quantize.py calls the int8 values of a weight so; the file keeps its name
-        where, wanted = stored[name.removesuffix("/int8")], value.dtype
+        where, wanted = stored[_file_name(name)], value.dtype
         if name not in weights:
             weights[name] = _external(name, where, location)
             graph.register_initializer(weights[name])
@@ -149,7 +149,7 @@ class _Typing:
             self.constant.update(dict.fromkeys(node.outputs, node))
             return
         if op == QUANTISE:
-            self.emit(node, self.half, ir.DataType.INT8)
+            self.emit(node, self.half, _steps_type(node))
         elif op == DEQUANTISE:
             self.emit(node, self.half)
         elif op == "Shape" or not any(self.is_float(v) for v in inputs):
@@ -384,13 +384,28 @@ def _integer_type(node: ir.Node, taken: list[ir.Value | None]) -> ir.DataType:
     return types[0] if types else ir.DataType.INT64
 
 
+def _steps_type(node: ir.Node) -> ir.DataType:
+    """What a QuantizeLinear gives: its zero point says so."""
+    zero = node.inputs[2]
+    assert zero is not None, "a grid of ours has a zero point"
+    assert zero.const_value is not None, "a zero point is a constant"
+    return zero.const_value.dtype
+
+
+def _file_name(name: str) -> str:
+    """graph/quantize.py calls the 8-bit values of a weight `name/int8`; the file has its name."""
+    for steps in QUANTISED.values():
+        name = name.removesuffix(f"/{steps.name}")
+    return name
+
+
 def _cast(value: ir.Value, wanted: ir.DataType, name: str) -> ir.Node:
     result = ir.Value(name=name, shape=value.shape, type=ir.TensorType(wanted))
     return ir.node("Cast", [value], {"to": int(wanted)}, outputs=[result], name=name)
 
 
 def _external(name: str, where: Stored, location: str) -> ir.Value:
-    dtype = ir.DataType.INT8 if where.dtype == "I8" else TYPES[where.dtype]
+    dtype = TYPES[where.dtype]
     tensor = ir.ExternalTensor(
         location, where.offset, where.nbytes, dtype, shape=ir.Shape(where.shape), name=name
     )

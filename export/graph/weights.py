@@ -17,6 +17,8 @@ TYPES = {
     "F16": ir.DataType.FLOAT16,
     "BF16": ir.DataType.BFLOAT16,
     "F32": ir.DataType.FLOAT,
+    "I8": ir.DataType.INT8,
+    "F8_E4M3": ir.DataType.FLOAT8E4M3FN,
 }
 
 

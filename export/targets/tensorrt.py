@@ -19,7 +19,7 @@ from ...engine.spec import Component, Graph, Precision, Profile
 from ..graph.emulate import emulated
 from . import Recipe, nothing
 
-PRECISIONS: tuple[Precision, ...] = ("f16", "bf16", "int8")
+PRECISIONS: tuple[Precision, ...] = ("f16", "bf16", "int8", "fp8")
 FOLDER = "session.model_external_initializers_file_folder_path"
 ERRORS_ONLY = 3
 

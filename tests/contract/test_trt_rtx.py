@@ -8,9 +8,11 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 import pytest
 
 from sdengine.backends import plan_build, plans
@@ -19,7 +21,9 @@ from sdengine.engine.bundle import open_bundle
 from sdengine.engine.errors import BackendError, BackendUnavailable
 from sdengine.engine.spec import Component, is_band
 from sdengine.export.builds import Planned, need, run_builds
+from sdengine.export.graph.quantize import E4M3, Grid, layers
 from sdengine.export.nvidia import _weight_bytes
+from sdengine.export.quantize import Choice
 from sdengine.export.shapes import Shapes, profiles
 from sdengine.export.typed import write_typed
 
@@ -86,6 +90,29 @@ def test_other_gpus_and_ranges(
     out = tmp_path / "shallow0.engine"
     built = build_apart(job_for(graph, dims, "tensorrt_rtx", out, sm))
     assert built.size == out.stat().st_size > 100_000
+
+
+def test_the_library_takes_fp8_from_ada_on(rtx: Any, tmp_path: Path) -> None:
+    """Grids need no calibration to build; an older GPU is refused by the library, too."""
+    folder = tmp_path / "emoji"
+    shutil.copytree(EMBEDDED, folder)
+    bundle = open_bundle(folder)
+    unet = bundle.components["unet"]
+    unet = replace(unet, graphs={"shallow0": unet.graphs["shallow0"]})
+    weighted = [la for la in layers(ir.load(unet.graphs["shallow0"].path)) if la.weight]
+    rounded = frozenset(la.name for la in weighted if "transformer" in la.name)
+    grids = {n: (Grid(0.01, None, E4M3),) for n in rounded}
+    choice = Choice(grids, floats=frozenset(la.name for la in weighted) - rounded)
+    graph = write_typed(unet, bundle.path, folder, "fp8", choice).component.graphs["shallow0"]
+    dims = plans.spans(graph, {"B": 2, "h": 16, "w": 16, "T": 77})
+    out = tmp_path / "shallow0.engine"
+    assert build_apart(job_for(graph, dims, "tensorrt_rtx", out, 89)).size > 100_000
+    with pytest.raises(BackendError, match="fp8_e4m3"):
+        build_apart(job_for(graph, dims, "tensorrt_rtx", out, 86))
+    with pytest.raises(BackendUnavailable, match="sm86 has no fp8") as caught:
+        plans.check_precision("fp8", 86)
+    assert "--precision f16" in caught.value.hint
+    plans.check_precision("fp8", plans.LEAST_SM["fp8"])
 
 
 def test_what_the_library_cannot_read_is_quoted(rtx: Any, tmp_path: Path) -> None:

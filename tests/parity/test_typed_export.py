@@ -146,9 +146,15 @@ def test_a_graph_that_misses_its_gate_is_refused(mini_bundle, tmp_path):
         ({"ask": Ask((90,))}, BackendUnavailable, "does not build for sm90", "--sm"),
         (
             {"ask": Ask((75,)), "precisions": ["bf16"]},
-            RequestError,
-            "sm75 has no bfloat16",
+            BackendUnavailable,
+            "sm75 has no bf16: it takes compute capability 8.0",
             "--precision f16",
+        ),
+        (
+            {"ask": Ask((89, 75)), "precisions": ["f16", "fp8"]},
+            BackendUnavailable,
+            "sm75 has no fp8: it takes compute capability 8.9",
+            "--sm 89",
         ),
         ({"ask": Ask((89,), Shapes(((33, 32),)))}, RequestError, "32x33", "--shapes"),
     ],
