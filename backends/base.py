@@ -82,8 +82,10 @@ class GraphBackend(ABC):
 
     def probe_on(self, device: str) -> Probe:
         """As `probe`, for a device that was asked for. Raises UnknownName, never anything else."""
-        mend = f"sdengine run --device {device} --backend openvino"
-        return Probe(False, f"{self.name} takes no device, OpenVINO alone does", mend)
+        other = "torch-cuda" if device.startswith("cuda") else "openvino"
+        mend = f"sdengine run --device {device} --backend {other}"
+        why = f"{self.name} takes no device; openvino (GPU) and the NVIDIA backends (cuda:1) do"
+        return Probe(False, why, mend)
 
     @abstractmethod
     def compile(self, component: Component, graph: Graph, profile: Profile) -> Compiled:

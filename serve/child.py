@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import sys
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import asdict
@@ -16,6 +17,7 @@ from ..engine import errors
 from ..engine.errors import SdengineError, WorkerLost
 from . import wire
 from .config import Config
+from .place import placed
 from .wire import Message
 
 # -P: nothing is imported from the folder that it happens to be in
@@ -48,15 +50,18 @@ class Child:
     async def start(self) -> None:
         """Started and warm. Raises SdengineError when the model cannot be opened, WorkerLost."""
         pipe = asyncio.subprocess.PIPE
+        seen, device = placed(self._config.engine.device, os.environ)
         try:
             self._process = await asyncio.create_subprocess_exec(
                 *self._command, stdin=pipe, stdout=pipe, start_new_session=True, limit=2**20,
+                env={**os.environ, **seen},
             )  # fmt: skip
         except OSError as error:
             raise _lost(f"it cannot be started: {error}") from None
         config = self._config
         models = {name: str(path) for name, path in config.models.items()}
-        await self._send("begin", models=models, engine=asdict(config.engine), memory=config.memory)
+        engine = {**asdict(config.engine), "device": device}
+        await self._send("begin", models=models, engine=engine, memory=config.memory)
         await self._expect("ready", config.open_s)
         measure = config.batch is None
         await self._send("warm", model=config.default_model, measure=measure)

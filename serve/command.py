@@ -14,6 +14,7 @@ import typer
 
 from ..engine.errors import MissingExtra, StorageError
 from .config import Config, Engine, Limits
+from .place import read_devices
 
 if TYPE_CHECKING:
     from .pool import Pool
@@ -52,6 +53,12 @@ def serve(
     ui: Annotated[bool, typer.Option("--ui", help="A web page at /.")] = False,
     queue: Annotated[int, typer.Option(min=1, help="Requests that may wait.")] = OWN.queue,
     workers: Annotated[int, typer.Option(min=1, help="Engines, each a process.")] = OWN.workers,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="What workers run on, one each: cuda:0,cuda:1 on a machine with two GPUs."
+        ),
+    ] = None,
     batch: Annotated[
         int | None,
         typer.Option(
@@ -120,6 +127,7 @@ def serve(
 
     tokens = () if token_file is None else read_tokens(token_file)
     check_open(host, tokens)
+    devices = read_devices(device)
     places = ["emoji"] if model is None else model
     found = {place: find_model(place) for _, place in map(split, places)}
     limits = Limits(
@@ -127,7 +135,8 @@ def serve(
     )
     config = Config(
         models=named(places, found), tokens=tokens, host=host, port=port, queue=queue,
-        workers=workers, batch=batch, memory=None if memory is None else int(memory * GIB),
+        workers=max(workers, len(devices)), devices=devices, batch=batch,
+        memory=None if memory is None else int(memory * GIB),
         deadline_s=deadline, hang_s=hang, grace_s=grace, ui=ui, limits=limits,
         engine=Engine(backend, precision, threads, preset),
     )  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..engine.request import MAX_SIDE
@@ -39,6 +39,7 @@ class Engine:
     precision: str | None = None
     threads: int | None = None
     preset: str | None = None
+    device: str | None = None
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Config:
     host, port  where it listens
     queue       requests that may wait; one more is answered 429
     workers     processes with an engine of their own
+    devices     what they run on, in turn; empty: what the backend takes itself
     batch       pictures of several requests in one network call; None: measured at the start
     memory      bytes that a worker may hold; models that were not used for longest are closed
     deadline_s  from the request's arrival to its last picture
@@ -63,6 +65,7 @@ class Config:
     port: int = 7860
     queue: int = 64
     workers: int = 1
+    devices: tuple[str, ...] = ()
     batch: int | None = None
     memory: int | None = None
     deadline_s: float = 600.0
@@ -74,6 +77,13 @@ class Config:
     ui: bool = False
     limits: Limits = field(default_factory=Limits)
     engine: Engine = field(default_factory=Engine)
+
+    def of_worker(self, number: int) -> Config:
+        """As the worker of this number has it: with a device of its own."""
+        if not self.devices:
+            return self
+        device = self.devices[number % len(self.devices)]
+        return replace(self, engine=replace(self.engine, device=device))
 
     @property
     def default_model(self) -> str:

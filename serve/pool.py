@@ -75,8 +75,8 @@ class Pool:
 
     def start(self) -> None:
         """Begin to start the workers; `ready` says when one is warm."""
-        for _ in range(self.config.workers):
-            child = Child(self.config)
+        for number in range(self.config.workers):
+            child = Child(self.config.of_worker(number))
             self.children.append(child)
             self._tasks.append(asyncio.create_task(self._serve(child)))
 

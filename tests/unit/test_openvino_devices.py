@@ -189,6 +189,9 @@ def test_backends_without_devices_refuse_one():
     with pytest.raises(BackendUnavailable, match="onnxruntime takes no device") as caught:
         backends.choose("onnxruntime", "GPU")
     assert caught.value.hint == "sdengine run --device GPU --backend openvino"
+    with pytest.raises(BackendUnavailable, match=r"the NVIDIA backends \(cuda:1\) do") as caught:
+        backends.choose("onnxruntime", "cuda:1")
+    assert caught.value.hint == "sdengine run --device cuda:1 --backend torch-cuda"
 
 
 @pytest.mark.ov
