@@ -18,17 +18,12 @@ from ..engine.errors import SdengineError
 
 def ours(job: dict[str, Any]) -> dict[str, Any]:
     """One of our backends, at a precision that this bundle need not have been proved in."""
-    from .. import api, backends
+    from .. import api
     from ..engine.bundle import open_bundle
     from ..engine.pipeline import Pipeline
 
     start = time.perf_counter()
-    if job["rehearse"] and job["backend"] == "torch-cuda":
-        from ..backends.torch_cuda import TorchCuda
-
-        backend: Any = TorchCuda("cpu")
-    else:
-        backend = backends.get(job["backend"])
+    backend = backend_of(job["backend"], job["rehearse"])
     bundle = open_bundle(Path(job["models"]["bundle"]))
     sessions = api.EngineSessions(bundle, backend, job["precision"], None)
     times: dict[str, list[float]] = {name: [] for name in ("total_s", "text_s", "denoise_s",
@@ -66,6 +61,17 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
     return {**row, **about, "backend": backend.probe().reason, "picture": picture}
 
 
+def backend_of(name: str, rehearse: bool) -> Any:
+    """In a rehearsal torch's backend runs on the processor."""
+    from .. import backends
+
+    if rehearse and name == "torch-cuda":
+        from ..backends.torch_cuda import TorchCuda
+
+        return TorchCuda("cpu")
+    return backends.get(name)
+
+
 def diffusers(job: dict[str, Any]) -> dict[str, Any]:
     """The peer: eager, or UNet and decoder compiled, as its documentation has it for speed."""
     import torch
@@ -74,17 +80,18 @@ def diffusers(job: dict[str, Any]) -> dict[str, Any]:
     if job["models"].get("diffusers") is None:
         raise FileNotFoundError("no diffusers folder was made")
     start = time.perf_counter()
+    rehearse = job["rehearse"]
+    dtype, place = (torch.float32, "cpu") if rehearse else (torch.float16, "cuda")
     pipe = StableDiffusionPipeline.from_pretrained(
-        job["models"]["diffusers"], torch_dtype=torch.float16, local_files_only=True,
-        safety_checker=None,
-    ).to("cuda")  # fmt: skip
+        job["models"]["diffusers"], torch_dtype=dtype, local_files_only=True, safety_checker=None,
+    ).to(place)  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     pipe.unet.to(memory_format=torch.channels_last)
     pipe.vae.to(memory_format=torch.channels_last)
     if job["options"].get("compiled"):
         # with CUDA graphs; "max-autotune" compiles for longer than a row may take
-        mode = "reduce-overhead"
+        mode = "default" if rehearse else "reduce-overhead"
         pipe.unet = torch.compile(pipe.unet, fullgraph=True, mode=mode)
         pipe.vae.decode = torch.compile(pipe.vae.decode, fullgraph=True, mode=mode)
     asked = job["request"]

@@ -1,11 +1,13 @@
 """What happens on a machine that has a GPU for half an hour: `bash bench/gpu_visit.sh run`.
 
-Stages, each of which leaves a file in OUT and is not done twice:
+Stages, each of which leaves a file in OUT and is not done twice, the most valuable first:
 
     about     the machine, the libraries, what each GPU backend says of itself
     models    a checkpoint of the full size with random weights, its bundle, a diffusers folder
-    tests     the contract of backends on each GPU backend that can run
-    ladder    rungs x cases, each in a process of its own with a limit: rows.jsonl
+    first     the rows of FIRST: torch with CUDA graphs beside diffusers, eager and compiled
+    tests     the contract of backends, and parity, on each GPU backend that can run
+    typed     float16 graphs into the bundle, which ONNX Runtime and TensorRT run
+    ladder    all rungs x cases, each in a process of its own with a limit: rows.jsonl
     report    results.json, for bench/results/
 
 A row that fails stays, with its reason. Quality is measured against float32 of torch on the same
@@ -17,16 +19,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-STAGES = ("about", "models", "tests", "ladder", "report")
+STAGES = ("about", "models", "first", "tests", "typed", "ladder", "report")
 BACKENDS = ("torch-cuda", "onnxruntime-cuda", "onnxruntime-trt", "trt", "trt-rtx")
 REFERENCE = "torch-cuda f32"
 
@@ -86,6 +90,12 @@ CASES = (
     Case("768 b1", 768, 20),
     Case("768 b4", 768, 20, 4),
 )
+# What a visit that is cut short should have measured: case -> rungs, in this order.
+FIRST: Mapping[str, tuple[str, ...]] = {
+    "base 512 b1": (REFERENCE, "torch-cuda f16", "diffusers f16 compiled", "diffusers f16",
+                    "torch-cuda f16 compiled"),
+    "turbo 1 step": (REFERENCE, "torch-cuda f16", "diffusers f16"),
+}  # fmt: skip
 REHEARSED = (Case("base 512 b1", 64, 2), Case("turbo 1 step", 64, 1, guidance=1.0))
 
 
@@ -97,7 +107,7 @@ class Visit:
     out: Path
     rehearse: bool
     deadline: float
-    limit_s: float = 400.0
+    limit_s: float = 200.0
     runs: int = 10
 
     @property
@@ -108,7 +118,7 @@ class Visit:
         return REHEARSED if self.rehearse else CASES
 
     def rungs(self) -> tuple[Rung, ...]:
-        return RUNGS[:3] if self.rehearse else RUNGS
+        return RUNGS[:5] if self.rehearse else RUNGS
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
@@ -125,8 +135,14 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 
 
 def due(visit: Visit, done: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Rung, Case]]:
-    """Rows that are still to be measured: the first case on all rungs before the second."""
+    """Rows that are still to be measured: those of FIRST, then case after case on all rungs."""
     known = {(row["rung"], row["case"]["name"]) for row in done}
+    cases, rungs = {c.name: c for c in visit.cases()}, {r.name: r for r in visit.rungs()}
+    for case_name, names in FIRST.items():
+        for name in names:
+            if name in rungs and (name, case_name) not in known:
+                known.add((name, case_name))
+                yield rungs[name], cases[case_name]
     for case in visit.cases():
         for rung in visit.rungs():
             if (rung.name, case.name) not in known:
@@ -191,51 +207,115 @@ def _timed(work: Callable[[], object], place: str) -> float:
 
 
 def models(visit: Visit) -> dict[str, Any]:
-    """OUT/models/{checkpoint.safetensors, bundle, diffusers}; in a rehearsal the embedded model."""
-    if visit.rehearse:
-        return {"bundle": str(ROOT / "models" / "emoji"), "diffusers": None}
+    """OUT/models: checkpoint, bundle, diffusers. In a rehearsal diffusers gets a tiny one,
+    and our own rows the embedded model. None when time was up: what was made is kept."""
     folder = visit.out / "models"
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint, bundle, other = (
-        folder / n for n in ("checkpoint.safetensors", "bundle", "diffusers")
-    )
-    steps = {
-        checkpoint: ["tests/golden/data/make_checkpoint.py", "--variant", "base", "--out",
-                     str(checkpoint), "--quiet"],
-        other: ["bench/peers/make_diffusers.py", str(checkpoint), str(other)],
-        bundle: ["-m", "sdengine.cli", "export", str(checkpoint), "--out", str(bundle),
-                 "--prediction", "eps"],
-    }  # fmt: skip
+    checkpoint = folder / "checkpoint.safetensors"
+    draw = ["tests/golden/data/make_checkpoint.py", "--variant", "base", "--quiet"]
+    draw += ["--scale", "tiny" if visit.rehearse else "full", "--out"]
+    other = ["bench/peers/make_diffusers.py", str(checkpoint)]
+    steps: list[list[_Making]] = [[_Making(checkpoint, draw)]]
+    steps += [[_Making(folder / "diffusers", other, ["16"] if visit.rehearse else [])]]
+    if not visit.rehearse:
+        make = ["-m", "sdengine.bench.gpu_models", "whole", str(checkpoint)]
+        steps[-1] += [_Making(folder / "bundle", make)]
     found: dict[str, Any] = {}
-    for place, command in steps.items():
-        start = time.monotonic()
-        failed = "" if place.exists() else _run([sys.executable, *command], visit.left_s)
-        found[place.stem] = str(place) if place.exists() else None
-        found[f"{place.stem} s"] = time.monotonic() - start
-        if failed:
-            found[f"{place.stem} failed"] = failed
-    return found
+    for together in steps:  # side by side: each is of few processors
+        with ThreadPoolExecutor(len(together)) as pool:
+            for part in pool.map(lambda one: one.made(visit), together):
+                found |= part
+    if visit.rehearse:
+        found["bundle"] = str(ROOT / "models" / "emoji")
+    late = visit.left_s < 10 and any(key.endswith(" failed") for key in found)
+    return None if late else found
+
+
+@dataclass(frozen=True)
+class _Making:
+    """A file or folder, and the command that makes it: its place comes before `rest`."""
+
+    place: Path
+    command: Sequence[str]
+    rest: Sequence[str] = ()
+
+    def made(self, visit: Visit) -> dict[str, Any]:
+        """Whole or not at all, unless it is there; what it took, or met."""
+        start, name = time.monotonic(), self.place.stem
+        partial = self.place.with_name(f"partial-{self.place.name}")
+        failed = ""
+        if not self.place.exists():
+            shutil.rmtree(partial, ignore_errors=True)
+            command = [sys.executable, *self.command, str(partial), *self.rest]
+            failed = _run(command, visit.left_s)
+            if not failed:
+                partial.rename(self.place)
+        place = str(self.place) if self.place.exists() else None
+        found = {name: place, f"{name} s": time.monotonic() - start}
+        return {**found, f"{name} failed": failed} if failed else found
+
+
+def typed(visit: Visit) -> dict[str, Any]:
+    """float16 graphs, judged on the processor, in the bundle; the embedded one stays as it is."""
+    bundle = _read(visit.out / "models.json")["bundle"]
+    if bundle is None:
+        return {"failed": "no bundle was made"}
+    if visit.rehearse:
+        bundle = str(shutil.copytree(bundle, visit.out / "models" / "typed", dirs_exist_ok=True))
+    start = time.monotonic()
+    command = [sys.executable, "-m", "sdengine.bench.gpu_models", "typed", bundle]
+    return {"failed": _run(command, visit.left_s), "seconds": time.monotonic() - start}
 
 
 def tests(visit: Visit) -> dict[str, Any]:
-    """backend -> how its contract tests ended."""
+    """backend -> how its contract tests ended on the embedded model, and its parity with torch on
+    the processor. In a rehearsal the contract is that of torch on the processor."""
     said = _read(visit.out / "about.json")["backends"]
     able = [name for name, probe in said.items() if probe["ok"]]
     found: dict[str, Any] = {n: {"refused": said[n]["reason"]} for n in said if n not in able}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "tests/contract/test_backends.py"]
-    for name in able:
-        env = {**os.environ, "SDENGINE_CONTRACT": name, "CI": "true"}
+    known = {"SDENGINE_TINY_BUNDLE": str(ROOT / "models" / "emoji")}
+    for name in ["torch-cuda"] if visit.rehearse else able:
+        tested = "torch" if visit.rehearse else name
+        env = {**os.environ, **known, "SDENGINE_CONTRACT": tested, "CI": "true"}
         start = time.monotonic()
         failed = _run(command, min(visit.left_s, visit.limit_s), env)
         found[name] = {"ok": not failed, "seconds": time.monotonic() - start, "failed": failed}
+        found[name]["parity"] = _parity(visit, name)
     return found
 
 
-def ladder(visit: Visit) -> dict[str, Any] | None:
+def _parity(visit: Visit, name: str) -> dict[str, Any]:
+    """What bench/gpu_parity.py says. Never raises."""
+    rehearsed = ["--rehearse"] if visit.rehearse else []
+    limit = max(1.0, min(visit.left_s, visit.limit_s))
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "sdengine.bench.gpu_parity", name, *rehearsed], cwd=ROOT,
+            capture_output=True, text=True, timeout=limit, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return {"ok": False, "failed": "time"}
+    try:
+        found: dict[str, Any] = json.loads(done.stdout.strip().rpartition("\n")[2])
+    except ValueError:
+        return {"ok": False, "failed": " / ".join(done.stderr.strip().splitlines()[-3:])}
+    return found
+
+
+def first(visit: Visit) -> dict[str, Any] | None:
+    return ladder(visit, only=FIRST)
+
+
+def ladder(
+    visit: Visit, only: Mapping[str, tuple[str, ...]] | None = None
+) -> dict[str, Any] | None:
     """Append rows until all are there (then a summary) or time is up (None)."""
     path = visit.out / "rows.jsonl"
     place = _read(visit.out / "models.json")
     for rung, case in list(due(visit, rows_of(path))):
+        if only is not None and rung.name not in only.get(case.name, ()):
+            continue
         if visit.left_s < 30:
             return None
         limit = min(visit.limit_s, visit.left_s)
@@ -276,7 +356,8 @@ def one_row(
 
 
 def report(visit: Visit) -> dict[str, Any]:
-    parts = {name: _read(visit.out / f"{name}.json") for name in ("about", "models", "tests")}
+    names = ("about", "models", "tests", "typed")
+    parts = {name: _read(visit.out / f"{name}.json") for name in names}
     return {"format": 1, "rehearsal": visit.rehearse, **parts,
             "rows": rows_of(visit.out / "rows.jsonl")}  # fmt: skip
 
@@ -331,7 +412,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     visit = Visit(asked.out.resolve(), asked.rehearse, time.monotonic() + asked.budget)
     visit.out.mkdir(parents=True, exist_ok=True)
     work: dict[str, Callable[[Visit], dict[str, Any] | None]] = {
-        "about": about, "models": models, "tests": tests, "ladder": ladder, "report": report,
+        "about": about, "models": models, "first": first, "tests": tests, "typed": typed,
+        "ladder": ladder, "report": report,
     }  # fmt: skip
     for stage in asked.stages or STAGES:
         kept = visit.out / ("results.json" if stage == "report" else f"{stage}.json")

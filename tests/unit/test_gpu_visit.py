@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from sdengine.bench import gpu_row, gpu_visit
-from sdengine.bench.gpu_visit import CASES, RUNGS, Visit
+from sdengine.bench.gpu_visit import CASES, FIRST, RUNGS, Visit
 
 SCRIPT = Path(__file__).parents[2] / "bench" / "gpu_visit.sh"
 
@@ -42,8 +42,13 @@ def test_the_ladder_is_that_of_the_issue():
 
 def test_what_was_measured_is_not_due_again(tmp_path):
     todo = list(gpu_visit.due(visit(tmp_path), []))
-    assert len(todo) == len(RUNGS) * len(CASES)
-    assert [c.name for _, c in todo[: len(RUNGS)]] == [CASES[0].name] * len(RUNGS)
+    assert len(todo) == len({(r.name, c.name) for r, c in todo}) == len(RUNGS) * len(CASES)
+    wanted = [(rung, case) for case, rungs in FIRST.items() for rung in rungs]
+    assert [(r.name, c.name) for r, c in todo[: len(wanted)]] == wanted
+    names = [r.name for r, c in todo if c.name == CASES[0].name]
+    assert names[0] == gpu_visit.REFERENCE, "pictures are compared with it"
+    rest = [CASES.index(c) for _, c in todo[len(wanted) :]]
+    assert rest == sorted(rest), "one case on all rungs before the next"
     rows = tmp_path / "rows.jsonl"
     rows.write_text(
         json.dumps({"rung": RUNGS[0].name, "case": {"name": CASES[0].name}, "ok": False})
@@ -65,11 +70,13 @@ def test_a_row_that_this_visit_has_no_time_for_is_left_for_the_next(tmp_path, mo
 
     monkeypatch.setattr(gpu_visit, "one_row", one_row)
     assert gpu_visit.ladder(visit(tmp_path, 100.0, limit_s=400.0)) is None
-    assert [name for name, _ in asked] == [r.name for r in RUNGS[:3]]
+    assert [name for name, _ in asked] == list(FIRST["base 512 b1"][:3])
     assert all(limit <= 100 for _, limit in asked)
     assert len(gpu_visit.rows_of(tmp_path / "rows.jsonl")) == 2, "the third is due again"
     assert gpu_visit.ladder(visit(tmp_path, 20.0)) is None, "nothing is begun in the last seconds"
     # with time enough a row that takes too long is a row
+    asked.clear()
+    assert gpu_visit.first(visit(tmp_path, 1e6)) == {"rows": sum(map(len, FIRST.values()))}
     assert gpu_visit.ladder(visit(tmp_path, 1e6)) == {"rows": len(RUNGS) * len(CASES)}
 
 
@@ -95,15 +102,17 @@ def test_a_row_never_raises(tmp_path, monkeypatch):
 
 def test_stages_are_done_once_and_the_report_holds_them(tmp_path, monkeypatch):
     done = []
-    for name in ("about", "models", "tests"):
+    for name in ("about", "models", "tests", "typed"):
         monkeypatch.setattr(gpu_visit, name, lambda v, n=name: (done.append(n), {"stage": n})[1])
+    rows = iter([{"rows": 8}])
+    monkeypatch.setattr(gpu_visit, "first", lambda v: next(rows))
     monkeypatch.setattr(gpu_visit, "ladder", lambda v: None)
     arguments = ["--out", str(tmp_path), "--budget", "100"]
     assert gpu_visit.main(arguments) == 3, "time was up"
     assert gpu_visit.main(arguments) == 3
-    assert done == ["about", "models", "tests"]
+    assert done == ["about", "models", "tests", "typed"]
     assert gpu_visit.main(["tests", *arguments]) == 0
-    assert done == ["about", "models", "tests", "tests"], "asked for by name: done again"
+    assert done == ["about", "models", "tests", "typed", "tests"], "asked for by name: done again"
     found = json.loads((tmp_path / "results.json").read_text())
     assert (found["about"], found["rows"]) == ({"stage": "about"}, [])
     assert gpu_visit.main(["report", *arguments]) == 0
@@ -176,8 +185,45 @@ def test_large_wheels_travel_in_pieces(tmp_path):
 def test_the_wheels_are_those_that_the_machine_lacks():
     names = {line.partition("==")[0] for line in shell("wanted").stdout.splitlines()}
     assert {"onnx", "onnx-ir", "safetensors", "diffusers", "pytest", "cuda-bindings"} <= names
-    assert {"onnxruntime-gpu", "tensorrt-rtx-cu13"} <= names
-    assert not {"torch", "torchvision", "triton", "onnxruntime", "nvidia-cuda-nvrtc"} & names
+    assert {"onnxruntime-gpu", "tensorrt_rtx_cu13_libs", "httpx2"} <= names
+    absent = {"torch", "torchvision", "triton", "onnxruntime", "nvidia-cuda-nvrtc", "ray"}
+    assert not absent & names
+
+
+def test_what_is_there_already_is_not_fetched(tmp_path):
+    have = tmp_path / "have.txt"
+    have.write_text("ml_dtypes==0.5\nSafeTensors @ file:///x\nonnx-ir\nhttpx==1\n")
+    before, after = (
+        {line.partition("==")[0] for line in shell("wanted", **env).stdout.splitlines()}
+        for env in ({}, {"HAVE": str(have)})
+    )
+    assert before - after == {"ml_dtypes", "safetensors", "onnx-ir", "httpx"}
+    assert "httpx2" in after, "another package"
+
+
+def test_what_was_half_made_is_made_again(tmp_path, monkeypatch):
+    """A checkpoint that a limit cut off has another name; one that is there stays."""
+    commands = []
+
+    def run(command, limit, env=None):
+        commands.append(command[1])
+        if command[1].endswith("make_checkpoint.py"):
+            Path(command[-1]).write_bytes(b"half")
+            return "" if limit > 50 else "timed out"
+        Path(command[3]).mkdir()
+        return ""
+
+    monkeypatch.setattr(gpu_visit, "_run", run)
+    rehearsal = Visit(tmp_path, True, time.monotonic() + 5)
+    assert gpu_visit.models(rehearsal) is None, "time was up: not to be kept as it is"
+    assert not (tmp_path / "models" / "checkpoint.safetensors").exists()
+    found = gpu_visit.models(Visit(tmp_path, True, time.monotonic() + 100))
+    assert found["checkpoint"] == str(tmp_path / "models" / "checkpoint.safetensors")
+    assert found["bundle"].endswith("emoji")
+    assert found["diffusers"] is not None
+    again = len(commands)
+    assert gpu_visit.models(rehearsal)["checkpoint"] == found["checkpoint"]
+    assert len(commands) == again
 
 
 def test_without_a_word_it_says_how():
