@@ -708,6 +708,9 @@ def inspect(
     inputs: Annotated[
         Path | None, typer.Option(help="For it: the inputs.npz of a parity failure.")
     ] = None,
+    small: Annotated[
+        Path | None, typer.Option("--reduce", help="For it: a folder for the node that parts.")
+    ] = None,
     least: Annotated[
         float, typer.Option(help="For it: values further apart than this have parted, in dB.")
     ] = 40.0,
@@ -726,7 +729,7 @@ def inspect(
     if between is not None:
         from .export import compared, shown
 
-        found = compared(bundle, between, graph, inputs, least)
+        found = compared(bundle, between, graph, inputs, least, small)
         _print_json(found) if as_json else typer.echo("\n".join(shown(found)))
         return
     if as_json:

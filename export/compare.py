@@ -102,6 +102,22 @@ def compare(
     return lines
 
 
+def computed(
+    bundle: Bundle, name: str, way: Way, values: Sequence[str], given: Feeds | None = None
+) -> tuple[Graph, dict[str, Array]]:
+    """The graph of one way, and these values of it; its own inputs may be asked for too.
+
+    name, given, raises     as of `compare`
+    """
+    part, _, which = name.partition("/")
+    component, which = bundle.component(part), which if which else "full"
+    feeds = _feeds(bundle, component, which, given)
+    graph = _network(component, way).graphs[which]
+    inner = [v for v in values if v not in feeds]
+    found = _run(way, graph, inner, feeds) if inner else {}
+    return graph, {v: feeds[v] if v in feeds else found[v] for v in values}
+
+
 def parts_at(lines: Sequence[Line], psnr_db: float) -> Line | None:
     """The first value that is further off than this; None: all agree."""
     return next((line for line in lines if line.psnr_db < psnr_db), None)
@@ -244,11 +260,17 @@ def _line(value: str, op: str, one: Floats, other: Floats) -> Line:
 
 
 def compared(
-    bundle: Bundle, between: str, name: str, inputs: Path | None, least_db: float
+    bundle: Bundle,
+    between: str,
+    name: str,
+    inputs: Path | None,
+    least_db: float,
+    small: Path | None = None,
 ) -> dict[str, Any]:
     """What the command line shows: the value that parts, the worst ones, all of them, plain JSON.
 
     between     two ways with a comma between: onnxruntime:f32,trt:f16
+    small       folder for the node where they part (export/reduce.py)
     raises      RequestError, and as `compare`
     """
     ways = between.split(",")
@@ -258,8 +280,13 @@ def compared(
             hint="for instance --compare onnxruntime:f32,trt:f16",
         )
     first, second = (read_way(way.strip()) for way in ways)
-    lines = compare(bundle, name, first, second, None if inputs is None else read_feeds(inputs))
+    given = None if inputs is None else read_feeds(inputs)
+    lines = compare(bundle, name, first, second, given)
     found = parts_at(lines, least_db)
+    if small is not None and found is not None:
+        from .reduce import reduce
+
+        reduce(bundle, name, (first, second), found.value, small, given)
     return {
         "graph": name,
         "between": [str(first), str(second)],

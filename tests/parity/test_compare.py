@@ -6,11 +6,14 @@ import shutil
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 
 from sdengine.engine.bundle import open_bundle
 from sdengine.engine.errors import MissingPart, RequestError, UnknownName
-from sdengine.export.compare import Way, compare, parts_at, read_feeds, read_way
+from sdengine.export.compare import Way, compare, compared, parts_at, read_feeds, read_way
+from sdengine.export.parity import distance
+from sdengine.export.reduce import reduce
 from sdengine.export.typed import write_typed
 
 pytestmark = [pytest.mark.export, pytest.mark.ort, pytest.mark.ov]
@@ -76,3 +79,42 @@ def test_what_it_refuses(typed_bundle, tmp_path):
     with pytest.raises(RequestError, match="holds no inputs") as damaged:
         read_feeds(tmp_path / "no.npz")
     assert "inputs.npz" in damaged.value.hint
+
+
+def test_the_node_that_parts_is_cut_out(typed_bundle, tmp_path):
+    """It alone repeats the failure, on a session that knows nothing else; mended, it agrees."""
+    path = typed_bundle.components["text_encoder"].typed["f16"].graphs["full"].path
+    model = onnx.load(path, load_external_data=False)
+    node = next(n for n in model.graph.node if n.op_type == "Softmax" and "resblocks.1" in n.name)
+    node.attribute[0].i = 2
+    onnx.save(model, path)
+    folder = tmp_path / "small"
+    between = "onnxruntime:f32,trt:f16"
+    found = compared(typed_bundle, between, "text_encoder", None, 50.0, folder)
+    assert found["parts_at"]["value"] == node.output[0]
+    small = onnx.load(folder / "node.onnx")
+    assert [n.op_type for n in small.graph.node] == ["Softmax", "Cast"]
+    assert ran(small, folder) < 40
+    small.graph.node[0].attribute[0].i = -1
+    assert ran(small, folder) > 50
+
+
+def test_a_product_is_cut_out_with_its_weight(typed_bundle, tmp_path):
+    graph = typed_bundle.components["text_encoder"].typed["f16"].graphs["full"]
+    nodes = onnx.load(graph.path, load_external_data=False).graph.node
+    value = next(n.output[0] for n in nodes if n.op_type == "MatMul" and "mlp" in n.name)
+    reduce(typed_bundle, "text_encoder", (F32, TYPED), value, tmp_path / "small")
+    small = onnx.load(tmp_path / "small" / "node.onnx")
+    assert small.graph.initializer
+    assert {t.data_type for t in small.graph.initializer} == {onnx.TensorProto.FLOAT16}
+    assert [n.op_type for n in small.graph.node].count("MatMul") == 1
+    assert ran(small, tmp_path / "small") > 50
+
+
+def ran(model, folder) -> float:
+    """PSNR in dB of the small graph against what was wanted."""
+    session = ort.InferenceSession(model.SerializeToString())
+    with np.load(folder / "inputs.npz") as feeds, np.load(folder / "wanted.npz") as wanted:
+        (found,) = session.run(None, dict(feeds))
+        (expected,) = wanted.values()
+    return distance(expected, found).psnr_db
