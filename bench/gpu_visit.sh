@@ -26,7 +26,7 @@ export SDENGINE_CACHE=${SDENGINE_CACHE:-$OUT/cache}
 IMPORTED='numpy|pillow|ftfy|wcwidth|typer|click|shellingham|rich|pygments|markdown-it-py|mdurl|annotated-doc
 typing_extensions|onnx|onnx-ir|onnxscript|ml_dtypes|protobuf|safetensors|open_clip_torch|pyyaml|diffusers|transformers
 accelerate|huggingface_hub|hf-xet|httpx2|httpcore2|tokenizers|regex|requests|urllib3|certifi|idna|charset-normalizer|tqdm|packaging
-filelock|fsspec|httpx|httpcore|anyio|h11|sniffio|importlib_metadata|zipp|psutil|pytest|pluggy|iniconfig|openvino
+filelock|fsspec|truststore|flatbuffers|lazy-importer|httpx|httpcore|anyio|h11|sniffio|importlib_metadata|zipp|psutil|pytest|pluggy|iniconfig|openvino
 cuda-bindings|cuda-pathfinder|tensorrt_rtx_cu13_bindings|tensorrt_rtx_cu13_libs'
 
 wanted() { # one requirement a line; onnxruntime-gpu in the place of onnxruntime: two are one too many

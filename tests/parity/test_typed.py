@@ -279,20 +279,27 @@ def test_inputs_many_times_the_recorded_ones_stay_finite(embedded):
     session.close()
 
 
-# variant -> the networks of it that the base model does not have: class labels are int64, float32
-OWN = {"depth": ["depth"], "x4-upscaler": ["unet"], "unclip-h": ["image_encoder", "unet"]}
+# variant -> its networks: class labels are int64, float32; the x4 upscaler's VAE is of factor 4
+PARTS = {"text_encoder", "unet", "vae_encoder", "vae_decoder"}
+VARIANTS = {
+    "inpainting": PARTS,
+    "depth": {*PARTS, "depth"},
+    "x4-upscaler": PARTS,
+    "unclip-h": {*PARTS, "image_encoder"},
+    "unclip-l": {*PARTS, "image_encoder"},
+}
 
 
-@pytest.mark.parametrize("variant", OWN)
-def test_the_networks_of_the_variants(variant_bundle, tmp_path, variant):
-    source = variant_bundle(variant)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_network_of_the_variants(variant_bundle, tmp_path, variant):
     folder = tmp_path / "b"
-    shutil.copytree(source, folder)
+    shutil.copytree(variant_bundle(variant), folder)
     bundle = open_bundle(folder)
     cases = recorded(bundle)
-    for name in OWN[variant]:
-        written = write_typed(only_full(bundle.components[name]), bundle.path, folder, "f16")
-        assert judged(written.component, cases[name][:1], "f16") > 40
+    assert set(bundle.components) == VARIANTS[variant]
+    for name, component in bundle.components.items():
+        written = write_typed(only_full(component), bundle.path, folder, "f16")
+        assert judged(written.component, cases[name][:1], "f16") > 40, name
 
 
 def test_int8_needs_a_quantised_network(embedded):
