@@ -111,6 +111,9 @@ def test_stages_are_done_once_and_the_report_holds_them(tmp_path, monkeypatch):
     assert gpu_visit.main(arguments) == 3, "time was up"
     assert gpu_visit.main(arguments) == 3
     assert done == ["about", "models", "tests", "typed"]
+    (tmp_path / "models.json").write_text('{"diffusers": null, "diffusers failed": "why"}')
+    assert gpu_visit.main(arguments) == 3
+    assert done.pop() == "models", "what failed is tried again"
     assert gpu_visit.main(["tests", *arguments]) == 0
     assert done == ["about", "models", "tests", "typed", "tests"], "asked for by name: done again"
     found = json.loads((tmp_path / "results.json").read_text())
