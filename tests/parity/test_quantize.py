@@ -117,7 +117,7 @@ def test_a_broken_graph_is_refused(mini_bundle, tmp_path, monkeypatch):
     path = tmp_path / "mini"
     shutil.copytree(mini_bundle, path)
     monkeypatch.setattr(quantize, "FLOOR_DB", -np.inf)
-    monkeypatch.setattr(quantize, "fitting", lambda layer, seen, weights: Fit(None, Grid(1e-4), 0))
+    monkeypatch.setattr(quantize, "fitting", lambda *_: Fit(None, Grid(1e-4), 0))
     with pytest.raises(
         ParityFailure, match=r"unet on openvino in int8, .*required: PSNR 25 dB"
     ) as e:
