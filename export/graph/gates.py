@@ -54,7 +54,7 @@ def gated(
             x, y = node.inputs[side], other.inputs[side]
             assert x is not None, "a product has two sides"
             assert y is not None, "a product has two sides"
-            if x.name == y.name:
+            if not rounded.differs(y):
                 continue
             gate = _pick(graph, node, gates, 2 * places[layer.name] + side)
             near = rounded.of(y, node)
@@ -83,8 +83,7 @@ class _Rounded:
         if name in self._made:
             return self._made[name]
         producer = value.producer()
-        changed = producer is not None and self._differs(producer)
-        if not changed and name in self._own:
+        if not self.differs(value) and name in self._own:
             return self._own[name]
         if value.is_initializer():
             made = ir.Value(
@@ -103,13 +102,16 @@ class _Rounded:
         self._made[name] = made
         return made
 
-    def _differs(self, node: ir.Node) -> bool:
+    def differs(self, value: ir.Value) -> bool:
+        """Whether the twin rounds it: here, or before no more than a change of layout or type. A
+        linear layer's weight keeps its name: it is the Transpose behind the rounding."""
+        node = value.producer()
+        if node is None:
+            return False
         if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
             return True
         first = node.inputs[0] if node.inputs else None
-        producer = None if first is None else first.producer()
-        behind = node.op_type in ("Transpose", "Cast") and producer is not None
-        return behind and producer is not None and self._differs(producer)
+        return node.op_type in ("Transpose", "Cast") and first is not None and self.differs(first)
 
 
 def _pick(graph: ir.Graph, before: ir.Node, gates: ir.Value, index: int) -> ir.Value:

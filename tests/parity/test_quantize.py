@@ -273,10 +273,12 @@ def test_gates_turn_the_rounding_on_and_off(quantised, rng, tmp_path):
     shutil.copy(twin.graphs["full"].path, tmp_path / "int8" / "full.onnx")
     shutil.copy(full.path, tmp_path / "full.onnx")
     order = [la for la in layers(ir.load(full.path)) if la.weight is not None]
+    stored = read_header(twin.weights)
+    computed = {la.name for la in order if stored[la.weight].dtype == "I8"}
     model = gated(
         ir.load(full.path),
         {la.name: (Grid(0.03),) for la in order},
-        read_header(twin.weights),
+        stored,
         location="int8/weights.safetensors",
         order=order,
         divisors={},
@@ -296,6 +298,10 @@ def test_gates_turn_the_rounding_on_and_off(quantised, rng, tmp_path):
     np.testing.assert_allclose(run(tmp_path / "gated.onnx", **{GATES: gates}), plain, atol=1e-4)
     gates[0] = 1
     one = np.abs(run(tmp_path / "gated.onnx", **{GATES: gates}) - plain).max()
+    gates[:] = 0
+    gates[1::2] = [layer.op == "MatMul" and layer.name in computed for layer in order]
+    linear = np.abs(run(tmp_path / "gated.onnx", **{GATES: gates}) - plain).max()
+    assert linear > 1e-4, "the weights of linear layers have gates too"
     gates[:] = 1
     every = np.abs(run(tmp_path / "gated.onnx", **{GATES: gates}) - plain).max()
     assert 1e-4 < one < every
