@@ -1,0 +1,54 @@
+"""The table of a network's nodes: what is summed, and that the executed graph is what is counted."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from sdengine.bench import nodes
+from sdengine.bench.nodes import Node
+
+
+def test_nodes_are_summed_by_kind_and_precision():
+    found = nodes.sums(
+        [
+            Node("a", "Convolution", "i8", 0.3),
+            Node("b", "Convolution", "i8", 0.2),
+            Node("c", "Convolution", "bf16", 0.1),
+            Node("d", "Subgraph", "f32", 0.05),
+            Node("e", "Eltwise", "f32", 0.15),
+            Node("f", "SomethingNew", "f32", 0.2),
+        ]
+    )
+    table = [(s.kind, s.precision, s.nodes, round(s.seconds, 6), round(s.share, 6)) for s in found]
+    assert table == [
+        ("convolutions", "i8", 2, 0.5, 0.5),
+        ("elementwise", "f32", 2, 0.2, 0.2),
+        ("rest", "f32", 1, 0.2, 0.2),
+        ("convolutions", "bf16", 1, 0.1, 0.1),
+    ]
+    assert nodes.markdown(found).splitlines()[2] == "| convolutions | i8 | 2 | 500 | 50.0 % |"
+
+
+def test_a_first_call_does_not_count_and_the_middle_does():
+    given = iter([9.0, 3.0, 1.0, 2.0])
+    found, _ = nodes.timed(lambda: [Node("a", "MVN", "f32", next(given))], 3)
+    assert found == [Node("a", "MVN", "f32", 2.0)]
+
+
+@pytest.mark.ov
+def test_the_embedded_network(tmp_path, capsys):
+    pytest.importorskip("openvino")
+    pytest.importorskip("onnx_ir")
+    out = tmp_path / "nodes.json"
+    options = ["--precision", "f32", "--size", "128x128", "--threads", "1", "--calls", "2"]
+    assert nodes.main(["emoji", *options, "--out", str(out)]) == 0
+    content = json.loads(out.read_text())
+    kinds = {s["kind"]: s for s in content["sums"]}
+    # one for each convolution and linear layer of the graph, whatever the engine fuses into it
+    assert kinds["convolutions"]["nodes"] > 50
+    assert kinds["linear layers"]["nodes"] > 50
+    inside = sum(s["seconds"] for s in content["sums"])
+    assert 0.3 * content["call_s"] < inside < 1.5 * content["call_s"]
+    assert "GFLOP/s" in capsys.readouterr().out
