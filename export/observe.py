@@ -21,7 +21,7 @@ KEPT = 8192  # values kept of each activation in each sample
 FEWEST = 16  # positions, however many channels there are
 MOST = 1 << 16  # values that a grid is fitted to
 OUTPUT_BYTES = 1 << 30  # of activations that are held at once: the graph runs once for each share
-SHARES = np.geomspace(0.25, 1.0, 21)  # of the largest value, tried as the end of a grid
+CUT: Sequence[float] = tuple(np.geomspace(0.25, 1.0, 21))  # a grid that ends within what was seen
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,12 @@ def observe(
 
 
 def grid(
-    seen: Seen, *, symmetric: bool, weights: Floats | None = None, steps: Steps = INT8
+    seen: Seen,
+    *,
+    symmetric: bool,
+    weights: Floats | None = None,
+    shares: Sequence[float] = CUT,
+    steps: Steps = INT8,
 ) -> Grid:
     """The grid of least squared error on the values that were seen.
 
@@ -104,6 +109,7 @@ def grid(
     nothing is gained by cutting it off.
 
     symmetric   about zero; else uint8 with zero among its values
+    shares      of the largest value, tried as the end of a grid of int8
     weights     what a channel's squared error counts, [C]; None: all alike
     """
     x = np.vstack([seen.values[:: 1 + seen.values.size // MOST], seen.lows, seen.highs])
@@ -115,7 +121,7 @@ def grid(
     if steps is not INT8:
         return Grid(float(np.float32(largest / steps.largest)), None, steps)
     best: tuple[float, Grid] | None = None
-    for share in SHARES:
+    for share in shares:
         if symmetric:
             found = Grid(float(np.float32(share * largest / 127)))
         else:

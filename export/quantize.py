@@ -65,12 +65,17 @@ WEIGHTS = "weights.safetensors"
 COMPUTED = ("unet", "vae_decoder")  # the networks whose arithmetic is int8 too
 LEAST_DB = {"vae_decoder": 38.0}  # PSNR of a picture: below it, the network computes in float
 FLOOR_DB = 22.0  # signal to rounding noise of an activation: below it, its layer computes in float
-FIRST, LAST = 1, 4  # so many products at a network's ends compute in float: docs/numerics.md
-OUTPUT, SKIP, GATED = "output_blocks.", ".skip_connection", ".ff.net.2"  # of a UNet: LDM names
+# What `by_rule` leaves in float, by LDM names: noise for multiply-adds in docs/numerics.md.
+FIRST, LAST = 1, 4  # so many layers at a network's ends
+ANYWHERE = (".skip_connection/", ".op/", ".attn2/MatMul")
+OF_A_LEVEL = (".ff.net.2/", ".proj_in/", ".proj_out/")  # in its last output block
+# In that of the two finest levels all but attention's own products.
+OF_THE_FINEST = (*OF_A_LEVEL, ".ff.net.0.", ".to_out.", ".in_layers.", ".out_layers.", ".conv/")
+OUTPUT, UP = "output_blocks.", ".conv/"  # .conv: the one behind an upsampling
 QUANTISED: tuple[Precision, ...] = ("int8",)  # precisions that have weights of their own
 FLOAT_SHARE = 0.15  # of all multiply-adds, that a search may leave in float
 LARGE = 1 << 30  # bytes of weights: beyond it activations are seen in bfloat16
-SAMPLES = 24  # recorded calls that activations are seen on
+SAMPLES = 96  # recorded calls that activations are seen on
 
 Feeds = Mapping[str, Array]
 Report = Callable[[str, float], None]
@@ -260,17 +265,24 @@ def fitted(
 
 
 def by_rule(component: Component, every: Choice) -> Choice:
-    """In float what is rounded where no later layer smooths it, or costs little: the network's
-    ends, and of a UNet its last output block, the skips, and what follows the GEGLUs of the later
-    half of the output blocks."""
+    """In float what makes most noise for its multiply-adds: the network's ends, and of a UNet
+    what no later layer smooths before its level ends."""
     found = products(component.graphs["full"])
-    order = [layer.name for layer in found if layer.weight is not None]
-    blocks = [int(n.split(".")[1]) for n in order if n.startswith(OUTPUT)]
-    later = range(max(blocks) // 2 + 1, max(blocks) + 1) if blocks else range(0)
-    floats = {*order[:FIRST], *order[-LAST:]}
-    floats |= {n for n in order if SKIP in n or (blocks and n.startswith(f"{OUTPUT}{later[-1]}."))}
-    floats |= {n for b in later for n in order if n.startswith(f"{OUTPUT}{b}.") and GATED in n}
+    order = [layer.name for layer in found]
+    weighted = [layer.name for layer in found if layer.weight is not None and _in_time(layer)]
+    floats = {*weighted[:FIRST], *weighted[-LAST:]}
+    floats |= {n for n in order for part in ANYWHERE if part in n}
+    for block, parts in _ending(order).items():
+        within = [n for n in order if n.startswith(f"{OUTPUT}{block}.")]
+        floats |= {n for n in within for part in parts if part in n}
     return every.without(frozenset(floats))
+
+
+def _ending(order: Sequence[str]) -> dict[int, tuple[str, ...]]:
+    """Output blocks that end a level of resolution, and what of each stays in float."""
+    blocks = {n: int(n.split(".")[1]) for n in order if n.startswith(OUTPUT)}
+    ends = sorted({b for n, b in blocks.items() if UP in n} | set(sorted(blocks.values())[-1:]))
+    return {b: OF_THE_FINEST if b in ends[-2:] else OF_A_LEVEL for b in ends}
 
 
 def searched(
@@ -316,8 +328,11 @@ def products(graph: Graph) -> list[Layer]:
 
 def fitting(layer: Layer, seen: Seen, weights: Sequence[Floats], steps: Steps = INT8) -> Fit:
     """A convolution reads SiLU, nearly all positive: about zero it would waste half of the values.
-    A product of matrices is computed faster about zero."""
-    return fit(seen, weights, symmetric=layer.op != "Conv" or steps is not INT8, steps=steps)
+    A product of matrices is computed faster about zero; its grid does not end within what was seen:
+    other prompts go beyond that."""
+    if layer.op == "Conv":
+        return fit(seen, weights, symmetric=steps is not INT8, steps=steps)
+    return fit(seen, weights, symmetric=True, shares=(1.0,), steps=steps)
 
 
 def channel_axis(layer: Layer) -> int:

@@ -12,18 +12,20 @@ checked by  tests/parity/test_quantize.py
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from ..engine.ports import Floats
 from .graph.quantize import INT8, Grid, Steps, rounded_weight
-from .observe import Seen, grid, rounding_error
+from .observe import CUT, Seen, grid, rounding_error
 
 STRENGTHS = (0.0, 0.35, 0.5, 0.65, 0.8)  # 0: nothing is divided
 ROWS = 192  # outputs of a weight that its rounding noise is measured on
 RANGE = 1e4  # the largest divisor over the smallest
+SPAN = 8.0  # a channel counts as an eighth of the loudest at least: other prompts wake quiet ones
 
 
 @dataclass(frozen=True)
@@ -36,19 +38,27 @@ class Fit:
     noise: float
 
 
-def fit(seen: Seen, weights: Sequence[Floats], *, symmetric: bool, steps: Steps = INT8) -> Fit:
+def fit(
+    seen: Seen,
+    weights: Sequence[Floats],
+    *,
+    symmetric: bool,
+    shares: Sequence[float] = CUT,
+    steps: Steps = INT8,
+) -> Fit:
     """The best fit for one activation.
 
     seen        of the activation
     weights     of all layers that take it: [O, C, ...]
-    symmetric   see `grid`
+    symmetric, shares   see `grid`
     steps       of a floating point are as fine for a small channel: nothing is divided
     """
     few = [w[:: 1 + len(w) // ROWS].reshape(-1, w.shape[1], *w.shape[2:]) for w in weights]
     power = np.mean(seen.values.astype(np.float64) ** 2, axis=0)
     signal = sum(float(power @ _squares(w)) for w in few)
     choices = _choices(seen, few) if steps is INT8 else [None]
-    found = [_tried(seen, few, by, power, signal, symmetric, steps) for by in choices]
+    grid_of = partial(grid, symmetric=symmetric, shares=shares, steps=steps)
+    found = [_tried(seen, few, by, power, signal, grid_of) for by in choices]
     return min(found, key=lambda f: f.noise)
 
 
@@ -57,7 +67,8 @@ def _choices(seen: Seen, weights: Sequence[Floats]) -> list[Floats | None]:
     outputs = np.max([np.abs(_by_channel(w)).max(axis=1) for w in weights], axis=0)
     if min(inputs.max(), outputs.max()) == 0:
         return [None]
-    inputs, outputs = (np.maximum(v, v.max() / RANGE) for v in (inputs, outputs))
+    inputs = np.maximum(inputs, inputs.max() / SPAN)
+    outputs = np.maximum(outputs, outputs.max() / RANGE)
     result: list[Floats | None] = [None]
     for strength in STRENGTHS[1:]:
         by = inputs**strength / outputs ** (1 - strength)
@@ -73,8 +84,7 @@ def _tried(
     by: Floats | None,
     power: Floats,
     signal: float,
-    symmetric: bool,
-    steps: Steps,
+    grid_of: Callable[..., Grid],
 ) -> Fit:
     """power: [C], mean square of each channel; signal: mean square of the output, times outputs"""
     if by is not None:
@@ -82,11 +92,11 @@ def _tried(
         power = power / by.astype(np.float64) ** 2
         weights = [w * by.reshape(-1, *[1] * (w.ndim - 2)) for w in weights]
     counts: Floats = np.sum([_squares(w) for w in weights], axis=0)
-    chosen = grid(seen, symmetric=symmetric, weights=counts, steps=steps)
+    chosen = grid_of(seen, weights=counts)
     error = np.mean(rounding_error(seen.values, chosen).astype(np.float64) ** 2, axis=0)
     noise = float(error @ counts)
     for weight in weights:
-        rounded, scale = rounded_weight(weight, steps)
+        rounded, scale = rounded_weight(weight, chosen.steps)
         wide = rounded.astype(np.float32)
         lost = wide * scale.reshape(-1, *[1] * (weight.ndim - 1)) - weight
         noise += float(power @ _squares(lost))

@@ -1,4 +1,4 @@
-"""The table of a network's nodes: what is summed, and that the executed graph is what is counted."""
+"""The table of a network's nodes: what is summed; that the executed graph is what is counted."""
 
 from __future__ import annotations
 
