@@ -216,13 +216,16 @@ def _profile(plan: machine.Plan, device: str | None) -> Profile:
 def preset_precision(bundle: Bundle, backend: str, probe: Probe, preset: str) -> Precision:
     """The precision that a preset asks for, or float32 where it cannot be had.
 
-    int8 is a quantised model: a bundle that has none is told so, not run in another precision.
+    int8 is a quantised model: where a preset names it, a bundle that has none is told so, and not
+    run in another precision; where it takes it instead of its own, it is taken where it is.
     raises      UnknownName
     """
     if preset not in PRESETS:
         raise UnknownName("preset", preset, PRESETS)
-    wanted = PRESETS[preset].precision
     proved = bundle.targets[backend].precisions if backend in bundle.targets else ()
+    if PRESETS[preset].or_int8 and "int8" in proved and "int8" in probe.precisions:
+        return "int8"
+    wanted = PRESETS[preset].precision
     possible = wanted == "int8" or (wanted in probe.precisions and wanted in (*proved, "f32"))
     return wanted if possible else "f32"
 

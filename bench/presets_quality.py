@@ -4,7 +4,8 @@
 
 Each preset's pictures are compared with those of `reference` (float32, same seed and prompt), and
 with those of 50 float32 steps; for the same cost in whole network calls, so are pictures of plain
-fewer steps of the same kind of run, which a preset must beat. int8 needs a bundle that has it.
+fewer steps of the same kind of run, which a preset must beat. Where the bundle has no int8 network,
+what runs in it is left out, and that is said.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,11 @@ from .. import api
 from ..engine.bundle import open_bundle
 from ..engine.ports import Array
 from ..engine.presets import PRESETS, Preset, cost, costs_of
+from ..engine.spec import Precision
 from . import env, quality
 from .presets_search import MOST, SUBJECTS, Drawer, prompts_of
 
-SHIPPED = ("exact", "balanced", "fast")
+SHIPPED = ("exact", "high", "balanced", "fast")
 FINE = Preset("f32", 50, "dpmpp_2m")
 
 
@@ -42,16 +45,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bundle = open_bundle(api.find_model(args.model))
     costs = costs_of(bundle.components["unet"])
     prompts = prompts_of(SUBJECTS, args.prompts)
-    drawers = {p: Drawer(bundle, args.backend, p, None, args.guidance) for p in ("f32", "bf16")}
+    precisions: list[Precision] = ["f32", "bf16", *bundle.components["unet"].quantised]
+    drawers = {p: Drawer(bundle, args.backend, p, None, args.guidance) for p in precisions}
 
+    @cache
     def pictures(preset: Preset) -> list[Array]:
         drawer = drawers[preset.precision]
         return [drawer.draw(preset, text, args.seed + k) for k, text in enumerate(prompts)]
 
     reference, fine = pictures(PRESETS["reference"]), pictures(FINE)
     rows = []
-    for name in SHIPPED:
-        preset = PRESETS[name]
+    for name, preset in _shipped():
+        if preset.precision not in drawers:
+            sys.stderr.write(f"{name}: {bundle.path.name} has no {preset.precision} network\n")
+            continue
         made = pictures(preset)
         price = cost(drawers["bf16"].table(preset), costs)
         # the better of two plain runs of as many whole steps: the preset's own levels, the default
@@ -80,6 +87,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     args.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return 0
+
+
+def _shipped() -> Iterator[tuple[str, Preset]]:
+    """Each as it runs without int8, and behind it as it runs where the bundle has that."""
+    for name in SHIPPED:
+        preset = PRESETS[name]
+        yield name, preset
+        if preset.or_int8:
+            yield f"{name} in int8", replace(preset, precision="int8")
 
 
 def _summary(made: Sequence[Array], wanted: Sequence[Array]) -> dict[str, Any]:

@@ -176,6 +176,8 @@ class Preset:
     """A trade of quality for speed, by name.
 
     precision   of the arithmetic; where the backend or the bundle lacks it, the next better one
+    or_int8     int8 instead, where the bundle has it and the backend can: the preset's own loss is
+                large enough that of rounding hardly adds to it
     steps, sampler, schedule, guidance    as in a Request; None leaves it open
     cache       interval of the feature cache, or the rows that run deep; 1: no cache
     cut         see `with_cache`
@@ -192,6 +194,7 @@ class Preset:
     interval: tuple[float, float] | None = None
     rescale: float = 0.0
     guidance: float | None = None
+    or_int8: bool = False
 
     def fields(self) -> dict[str, Any]:
         """As fields of a Request; None where the preset leaves one open."""
@@ -217,8 +220,8 @@ PRESETS: Mapping[str, Preset] = {
     "exact": Preset("bf16", 25, "dpmpp_2m"),
     "high": Preset("int8", 25, "dpmpp_2m"),
     # these two lie on the front that bench/presets_search.py found: bench/results/presets.jsonl
-    "balanced": Preset("bf16", 16, "dpmpp_2m", "beta", cache=3),
-    "fast": Preset("bf16", 16, "dpmpp_2m", "karras", cache=4),
+    "balanced": Preset("bf16", 16, "dpmpp_2m", "beta", cache=3, or_int8=True),
+    "fast": Preset("bf16", 16, "dpmpp_2m", "karras", cache=4, or_int8=True),
     # SD-Turbo as its authors run it: reference-spec 3.12
     "turbo": Preset("bf16", 1, "euler", "trailing", guidance=1.0),
 }

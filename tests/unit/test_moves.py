@@ -213,5 +213,11 @@ def test_a_presets_precision(bundle):
     assert chosen("reference", ("bf16", "f32")) == "f32"
     assert chosen("exact", ("f32",)) == "f32"
     assert chosen("high", ("int8", "bf16", "f32")) == "int8"  # refused later, by name
+    assert chosen("balanced", ("int8", "bf16", "f32")) == "bf16", "no int8 in this bundle"
+    proved = replace(bundle.targets["openvino"], precisions=("int8", "bf16", "f32"))
+    bundle = replace(bundle, targets={"openvino": proved})
+    assert chosen("balanced", ("int8", "bf16", "f32")) == "int8"
+    assert chosen("balanced", ("bf16", "f32")) == "bf16", "this backend has none"
+    assert chosen("exact", ("int8", "bf16", "f32")) == "bf16"
     with pytest.raises(UnknownName):
         chosen("hihg", ("f32",))
