@@ -19,16 +19,18 @@ def test_nodes_are_summed_by_kind_and_precision():
             Node("d", "Subgraph", "f32", 0.05),
             Node("e", "Eltwise", "f32", 0.15),
             Node("f", "SomethingNew", "f32", 0.2),
+            Node("input_blocks.1.1.transformer_blocks.0.attn1/MatMul_2", "Subgraph", "i8", 0.4),
         ]
     )
     table = [(s.kind, s.precision, s.nodes, round(s.seconds, 6), round(s.share, 6)) for s in found]
     assert table == [
-        ("convolutions", "i8", 2, 0.5, 0.5),
-        ("elementwise", "f32", 2, 0.2, 0.2),
-        ("rest", "f32", 1, 0.2, 0.2),
-        ("convolutions", "bf16", 1, 0.1, 0.1),
+        ("convolutions", "i8", 2, 0.5, 0.357143),
+        ("attention", "i8", 1, 0.4, 0.285714),
+        ("elementwise", "f32", 2, 0.2, 0.142857),
+        ("rest", "f32", 1, 0.2, 0.142857),
+        ("convolutions", "bf16", 1, 0.1, 0.071429),
     ]
-    assert nodes.markdown(found).splitlines()[2] == "| convolutions | i8 | 2 | 500 | 50.0 % |"
+    assert nodes.markdown(found).splitlines()[2] == "| convolutions | i8 | 2 | 500 | 35.7 % |"
 
 
 def test_a_first_call_does_not_count_and_the_middle_does():
