@@ -22,7 +22,9 @@ COMPONENTS = ("text_encoder", "unet", "vae_encoder", "vae_decoder")
 TEXT = "encoder_hidden_states"
 # Largest difference from torch float32, in deviations of the reference: rounding of float32 in
 # another order of summation. bfloat16 keeps 8 bits of the mantissa: 40 dB is the project's gate.
-MAX_ABS_F32 = 1e-4
+# A trained network makes more of rounding where it is shown noise: the embedded decoder 1.1e-3 on
+# torch itself, with channels last and another attention kernel. bench/gpu_visit.py sets its own.
+MAX_ABS_F32 = float(os.environ.get("SDENGINE_CONTRACT_MAX_ABS", "1e-4"))
 MIN_PSNR_DB_BF16 = 40.0
 MARKS = {
     "openvino": pytest.mark.ov,
