@@ -29,7 +29,9 @@ from .cache import Key, Store, open_store
 from .mapping import Mapped
 from .openvino_attention import RECIPE as BLOCKS
 from .openvino_attention import split_queries
-from .openvino_floats import RECIPE, keep_float32
+from .openvino_floats import RECIPE, keep_float32, of_a_step
+from .openvino_layout import RECIPE as LAYOUT
+from .openvino_layout import rearrange
 from .openvino_weights import widen
 
 log = logging.getLogger("sdengine.backends")
@@ -99,6 +101,7 @@ class OpenVINO(GraphBackend):
             "INFERENCE_PRECISION_HINT": self._hint(profile.precision, device),
             **devices.options(device, threads, profile),
         }
+        half = config["INFERENCE_PRECISION_HINT"] == "bf16"
         what = {
             "backend": self.name,
             "component": component.spec.name,
@@ -112,7 +115,8 @@ class OpenVINO(GraphBackend):
             **devices.maker(core, device),
             "processor": machine.processor(),
             "threads": str(threads),
-            "in float32": RECIPE if config["INFERENCE_PRECISION_HINT"] == "bf16" else "all",
+            "in float32": RECIPE if half else "all",
+            "layout": LAYOUT if half and device == devices.CPU else "as it is",
             "attention": BLOCKS if device == devices.CPU else "as it is",
         }
         store = self._place(device)
@@ -124,13 +128,15 @@ class OpenVINO(GraphBackend):
             model = core.read_model(graph.path)
             agree(component, graph, *(_names(ports) for ports in (model.inputs, model.outputs)))
             model.reshape({t.name: _partial(t.shape, profile.dims) for t in graph.inputs})
-            if config["INFERENCE_PRECISION_HINT"] == "bf16":
-                keep_float32(core, model)
-            widened = None
+            widened, made = None, []
             if device == devices.CPU:
                 split_queries(model)
                 if store is not None:
                     widened = widen(model, component.weights, store.root)
+                if half and of_a_step(model):
+                    made = rearrange(model, profile.precision == "int8")
+            if half:
+                keep_float32(core, model, made)
             with _passing(widened):
                 return core.compile_model(model, device, config), widened
 

@@ -12,12 +12,12 @@ checked by  tests/unit/test_openvino_floats.py
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 TIME = "timestep"  # the input that tells a step's network from the others
 WAYS = {"Add", "Concat", "Interpolate", "Multiply", "Sigmoid"}  # of pictures: rank 4
-RECIPE = "time, norms, sums, last convolution: 2"
+RECIPE = "time, norms, sums, last convolution: 3"
 # OpenVINO's attribute has no constructor in Python: it is read from a graph that has it.
 _MARKED = """<?xml version="1.0"?><net name="mark" version="11"><layers>
 <layer id="0" name="x" type="Parameter" version="opset1"><data shape="1" element_type="f32"/>
@@ -28,16 +28,22 @@ _MARKED = """<?xml version="1.0"?><net name="mark" version="11"><layers>
 <edges><edge from-layer="0" from-port="0" to-layer="1" to-port="0"/></edges></net>"""
 
 
-def keep_float32(core: Any, model: Any) -> int:
+def of_a_step(model: Any) -> bool:
+    """Whether an openvino.Model is a step's network."""
+    return any(TIME in port.names for port in model.inputs)
+
+
+def keep_float32(core: Any, model: Any, also: Iterable[Any] = ()) -> int:
     """Mark the nodes of an openvino.Model; returns how many.
 
     model       any; one without a timestep is left as it is
+    also        nodes of it that are marked too
     """
-    if not any(TIME in port.names for port in model.inputs):
+    if not of_a_step(model):
         return 0
     marked = core.read_model(_MARKED.encode(), b"").get_parameters()[0].get_rt_info()
     attributes = list(marked.items())
-    nodes = [_shaped(node) for node in list(_kept(model))]
+    nodes = [*also, *(_shaped(node) for node in list(_kept(model)))]
     for node in nodes:
         for key, value in attributes:
             node.set_rt_info(value, key)
