@@ -90,7 +90,7 @@ def open_store() -> Store | None:
 
 
 class Store:
-    """The entries below one root."""
+    """The entries below one root. With a limit of 0 bytes nothing is kept, and nothing found."""
 
     def __init__(self, root: Path | None = None, limit: int | None = None) -> None:
         self.root = (cache_dir() if root is None else root) / "compiled"
@@ -98,6 +98,8 @@ class Store:
 
     def find(self, what: Key, made: Key) -> Path | None:
         """The artefact for these keys, checked. None when it must be made; the log says why."""
+        if self.limit == 0:
+            return None
         folder = self._folder(what, made)
         if not folder.is_dir():
             if (changed := self._outdated(what, made)) is not None:

@@ -136,6 +136,12 @@ def test_a_cap_of_nothing_keeps_nothing(tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+def test_a_cap_of_nothing_finds_nothing(store):
+    put(store)
+    assert Store(store.root.parent, limit=0).find(WHAT, MADE) is None
+    assert store.find(WHAT, MADE) is not None, "and nothing is thrown away"
+
+
 def test_a_failing_write_leaves_nothing_and_is_said(store, caplog):
     def full(file):
         file.write(b"half")
