@@ -32,6 +32,8 @@ from .openvino_attention import split_queries
 from .openvino_floats import RECIPE, keep_float32, of_a_step
 from .openvino_layout import RECIPE as LAYOUT
 from .openvino_layout import rearrange
+from .openvino_upsampling import RECIPE as UPSAMPLING
+from .openvino_upsampling import convolve_before
 from .openvino_weights import widen
 
 log = logging.getLogger("sdengine.backends")
@@ -118,6 +120,7 @@ class OpenVINO(GraphBackend):
             "in float32": RECIPE if half else "all",
             "layout": LAYOUT if half and device == devices.CPU else "as it is",
             "attention": BLOCKS if device == devices.CPU else "as it is",
+            "upsampling": UPSAMPLING if device == devices.CPU else "as it is",
         }
         store = self._place(device)
         kept = None if store is None else self._from_store(store, what, made, graph, device, config)
@@ -131,6 +134,7 @@ class OpenVINO(GraphBackend):
             widened, made = None, []
             if device == devices.CPU:
                 split_queries(model)
+                convolve_before(model)
                 if store is not None:
                     widened = widen(model, component.weights, store.root)
                 if half and of_a_step(model):

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -48,8 +49,10 @@ from .graph.quantize import (
     layers,
     quantized,
     rounded_weight,
+    stored_tensors,
 )
 from .graph.tools import save
+from .graph.upsampling import Part, on_small_maps
 from .observe import Seen, grid, observe
 from .parity import distance
 from .record import NATIVE, Recording, free_memory
@@ -65,12 +68,7 @@ WEIGHTS = "weights.safetensors"
 COMPUTED = ("unet", "vae_decoder")  # the networks whose arithmetic is int8 too
 LEAST_DB = {"vae_decoder": 38.0}  # PSNR of a picture: below it, the network computes in float
 FLOOR_DB = 22.0  # signal to rounding noise of an activation: below it, its layer computes in float
-# What `by_rule` leaves in float, by LDM names: noise for multiply-adds in docs/numerics.md.
-FIRST, LAST = 1, 4  # so many layers at a network's ends
-ANYWHERE = (".skip_connection/", ".op/", ".attn2/MatMul")
-OF_A_LEVEL = (".ff.net.2/", ".proj_in/", ".proj_out/")  # in its last output block
-# In that of the two finest levels all but attention's own products.
-OF_THE_FINEST = (*OF_A_LEVEL, ".ff.net.0.", ".to_out.", ".in_layers.", ".out_layers.", ".conv/")
+FIRST, LAST = 1, 4  # layers at a network's ends that stay in float
 OUTPUT, UP = "output_blocks.", ".conv/"  # .conv: the one behind an upsampling
 QUANTISED: tuple[Precision, ...] = ("int8",)  # precisions that have weights of their own
 FLOAT_SHARE = 0.15  # of all multiply-adds, that a search may leave in float
@@ -95,10 +93,42 @@ class Choice:
     divisors: Divisors = field(default_factory=dict)
     floats: frozenset[str] = frozenset()
 
+    def with_parts(self, parts: Mapping[str, Part]) -> Choice:
+        """What holds for a layer holds for its parts."""
+        grids = {name: self.grids[part.layer] for name, part in parts.items()}
+        divisors = {name: self.divisors[part.layer] for name, part in parts.items()
+                    if part.layer in self.divisors}  # fmt: skip
+        return Choice({**self.grids, **grids}, {**self.divisors, **divisors}, self.floats)
+
     def without(self, floats: frozenset[str]) -> Choice:
         """These layers in float, with the others as they are."""
         kept = {n: g for n, g in self.grids.items() if n not in floats}
         return Choice(kept, self.divisors, self.floats | floats)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What stays in float beside a network's ends, by parts of LDM names.
+
+    anywhere    everywhere
+    levels      in the last output block of each level, coarse to fine: of the last ones of a UNet's
+                levels these, of all before them the first
+    first, last     where it comes first, or last
+    """
+
+    anywhere: tuple[str, ...]
+    levels: tuple[tuple[str, ...], ...]
+    first: tuple[str, ...] = ()
+    last: tuple[str, ...] = ()
+
+
+# By what makes most noise for its time, docs/numerics.md: for fp8 as int8 had it once.
+_LEVEL = (".ff.net.2/", ".proj_in/", ".proj_out/")
+_FINE = (*_LEVEL, ".ff.net.0.", ".to_out.", ".in_layers.", ".out_layers.", ".conv/")
+RULES = {
+    "int8": Rule((".skip_connection/", ".op/", ".attn2/MatMul"), (_LEVEL, _FINE, _FINE)),
+    "fp8": Rule((".skip_connection/", ".op/", ".attn2/MatMul"), (_LEVEL, _FINE, _FINE)),
+}
 
 
 @dataclass(frozen=True)
@@ -177,7 +207,7 @@ def fp8_choices(
         seen = [c.feeds for c in cases.get(name, ()) if c.name != NATIVE]
         taken = [*spread(samples[name], SAMPLES), *seen]
         feeds = step_feeds(component, taken, backend)
-        chosen = by_rule(component, fitted(component, feeds, backend, report, E4M3))
+        chosen = by_rule(component, fitted(component, feeds, backend, report, E4M3), E4M3)
         models = [ir.load(graph.path) for graph in component.graphs.values()]
         every = {la.name for m in models for la in layers(m) if la.weight is not None}
         found[name] = chosen.without(frozenset(every - set(chosen.grids)))
@@ -264,25 +294,30 @@ def fitted(
     return Choice(grids, divisors)
 
 
-def by_rule(component: Component, every: Choice) -> Choice:
+def by_rule(component: Component, every: Choice, steps: Steps = INT8) -> Choice:
     """In float what makes most noise for its multiply-adds: the network's ends, and of a UNet
     what no later layer smooths before its level ends."""
+    rule = RULES[steps.name]
     found = products(component.graphs["full"])
     order = [layer.name for layer in found]
     weighted = [layer.name for layer in found if layer.weight is not None and _in_time(layer)]
     floats = {*weighted[:FIRST], *weighted[-LAST:]}
-    floats |= {n for n in order for part in ANYWHERE if part in n}
-    for block, parts in _ending(order).items():
+    floats |= {n for n in order for part in rule.anywhere if part in n}
+    floats |= {n for part in rule.first for n in [n for n in order if part in n][:1]}
+    floats |= {n for part in rule.last for n in [n for n in order if part in n][-1:]}
+    for block, parts in _ending(order, rule).items():
         within = [n for n in order if n.startswith(f"{OUTPUT}{block}.")]
         floats |= {n for n in within for part in parts if part in n}
     return every.without(frozenset(floats))
 
 
-def _ending(order: Sequence[str]) -> dict[int, tuple[str, ...]]:
+def _ending(order: Sequence[str], rule: Rule) -> dict[int, tuple[str, ...]]:
     """Output blocks that end a level of resolution, and what of each stays in float."""
     blocks = {n: int(n.split(".")[1]) for n in order if n.startswith(OUTPUT)}
     ends = sorted({b for n, b in blocks.items() if UP in n} | set(sorted(blocks.values())[-1:]))
-    return {b: OF_THE_FINEST if b in ends[-2:] else OF_A_LEVEL for b in ends}
+    before = [rule.levels[0]] * (len(ends) - len(rule.levels))
+    levels = (*before, *rule.levels)
+    return dict(zip(ends[::-1], levels[::-1], strict=False))
 
 
 def searched(
@@ -296,7 +331,7 @@ def searched(
     """The layers in float that measuring finds to be worst for their cost."""
     graph = component.graphs["full"]
     order = [layer for layer in products(graph) if layer.name in every.grids]
-    twin = write_twin(component, folder / FOLDER, every)
+    twin = write_twin(component, folder / FOLDER, every, small_maps=False)
     noise = measure(
         folder / graph.path.name,
         twin.weights,
@@ -369,11 +404,21 @@ def drawing_precision(weights: int, backend: OpenVINO) -> Precision:
     return "bf16" if weights > LARGE and "bf16" in backend.probe().precisions else "f32"
 
 
-def write_twin(component: Component, folder: Path, choice: Choice) -> Component:
-    """Graphs and weights of a component whose layers have int8 weights, all but `choice.floats`."""
+def write_twin(
+    component: Component, folder: Path, choice: Choice, *, small_maps: bool = True
+) -> Component:
+    """Graphs and weights of a component whose layers have int8 weights, all but `choice.floats`.
+
+    small_maps      compute convolutions behind an upsampling before it
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    models = {name: ir.load(graph.path) for name, graph in component.graphs.items()}
-    refs = rounded_weights(component, models, choice, INT8)
+    models, parts = {}, {}
+    for name, graph in component.graphs.items():
+        chosen = choice.grids if small_maps else ()
+        models[name], found = on_small_maps(ir.load(graph.path), chosen)
+        parts |= found
+    choice = choice.with_parts(parts)
+    refs = rounded_weights(component, models, choice, INT8, parts)
     weights_sha256 = write_weights(folder / WEIGHTS, refs)
     header = read_header(folder / WEIGHTS)
     graphs = {}
@@ -397,18 +442,34 @@ def write_twin(component: Component, folder: Path, choice: Choice) -> Component:
 
 
 def rounded_weights(
-    component: Component, models: Mapping[str, ir.Model], choice: Choice, steps: Steps
+    component: Component,
+    models: Mapping[str, ir.Model],
+    choice: Choice,
+    steps: Steps,
+    parts: Mapping[str, Part] = MappingProxyType({}),
 ) -> list[TensorRef]:
-    """All weights of a component, those of layers outside `choice.floats` in steps."""
-    rounded = {
-        layer.weight: choice.divisors.get(layer.name) if layer.name in choice.grids else None
-        for model in models.values()
-        for layer in layers(model)
-        if layer.weight is not None and layer.name not in choice.floats
-    }
+    """All weights that the models take, those of layers outside `choice.floats` in steps.
+
+    parts       layers of the models that are a part of one of the component's
+    """
+    rounded: dict[str, Floats | None] = {}
+    computed: dict[str, list[tuple[str, Part]]] = {}
+    taken = set().union(*(stored_tensors(model) for model in models.values()))
+    for layer in (layer for model in models.values() for layer in layers(model)):
+        if layer.weight is None or layer.name in choice.floats or layer.weight in rounded:
+            continue
+        grids = choice.grids.get(layer.name)
+        rounded[layer.weight] = None if grids is None else choice.divisors.get(layer.name)
+        if (part := parts.get(layer.name)) is not None:
+            computed.setdefault(part.weight, []).append((layer.weight, part))
     refs: list[TensorRef] = []
     for name, tensor in open_container(component.weights).tensors.items():
-        refs += _rounded(tensor, rounded[name], steps) if name in rounded else [tensor]
+        if name in rounded:
+            refs += _rounded(tensor, rounded[name], steps)
+        elif name in taken or name not in computed:
+            refs.append(tensor)
+        for weight, part in computed.get(name, ()):
+            refs += _rounded(tensor, rounded[weight], steps, weight, part)
     return refs
 
 
@@ -453,14 +514,23 @@ def spread(samples: Sequence[Feeds], count: int) -> list[Feeds]:
     return [samples[i] for i in places]
 
 
-def _rounded(tensor: TensorRef, by: Floats | None, steps: Steps) -> list[TensorRef]:
+def _rounded(
+    tensor: TensorRef,
+    by: Floats | None,
+    steps: Steps,
+    name: str | None = None,
+    part: Part | None = None,
+) -> list[TensorRef]:
     """A weight in steps, and their scales; computed when written.
 
     by          what its input channels are multiplied by, [C]
+    name, part  of what is made of it, where the layer is one of four
     """
+    name = tensor.name if name is None else name
+    shape = tensor.shape if part is None else (*tensor.shape[:2], 2, 2)
 
     def found() -> tuple[np.ndarray, Floats]:
-        weight = _floats(tensor)
+        weight = _floats(tensor) if part is None else part.of(_floats(tensor))
         factors = 1 if by is None else by.reshape(-1, *[1] * (weight.ndim - 2))
         return rounded_weight(weight * factors, steps)
 
@@ -471,8 +541,8 @@ def _rounded(tensor: TensorRef, by: Floats | None, steps: Steps) -> list[TensorR
         return found()[1].view(np.uint8)
 
     return [
-        TensorRef(tensor.name, steps.stored, tensor.shape, values),
-        TensorRef(tensor.name + SCALE, "F32", tensor.shape[:1], scales),
+        TensorRef(name, steps.stored, shape, values),
+        TensorRef(name + SCALE, "F32", shape[:1], scales),
     ]
 
 

@@ -29,6 +29,7 @@ from sdengine.export.smooth import Fit, fit
 
 pytestmark = [pytest.mark.export, pytest.mark.ov]
 
+WIDE = {"unet": 32, "vae_decoder": 500}  # what comes to an upsampling, of noise
 PROMPTS = ("a fox", "a green cup on a table")
 
 
@@ -90,6 +91,43 @@ def test_the_same_graph_on_two_engines(quantised, rng):
     apart = distance(float32, one).psnr_db
     assert 25 < apart < 60, "less is broken, more is not int8"
     assert distance(one, two).psnr_db > apart + 3
+
+
+@pytest.mark.parametrize("name", ["unet", "vae_decoder"])
+def test_a_map_is_convolved_before_it_is_enlarged(name, tmp_path, rng):
+    """Four kernels of sums, rounded once: such a twin is as far from float as a whole one."""
+    component = open_bundle(api.find_model("emoji")).components[name]
+    found = [la.name for la in layers(ir.load(component.graphs["full"].path))]
+    behind = [
+        n for n in found if n.endswith(("upsample.conv/Conv", ".1.conv/Conv", ".2.conv/Conv"))
+    ]
+    chosen = quantize.Choice({n: (Grid(WIDE[name] / 255, 128),) for n in behind})
+    split = quantize.write_twin(component, tmp_path / "split", chosen)
+    whole = quantize.write_twin(component, tmp_path / "whole", chosen, small_maps=False)
+    kinds = [node.op_type for node in ir.load(split.graphs["full"].path).graph]
+    assert kinds.count("DepthToSpace") == 3
+    assert "Resize" not in kinds
+    stored = read_header(split.weights)
+    places = tuple(f".weight/{row}{column}" for row in "01" for column in "01")
+    parts = [n for n in stored if n.endswith(places)]
+    assert len(parts) == 12
+    assert all(stored[n].dtype == "I8" and stored[n].shape[2:] == (2, 2) for n in parts)
+    assert not {n.rpartition("/")[0] for n in parts} & set(stored), "not the whole ones too"
+
+    dims = {"B": 1, "T": 77, "h": 8, "w": 8}
+    shapes = {t.name: t.resolve(dims) for t in component.graphs["full"].inputs}
+    given = {n: rng.standard_normal(s, np.float32) for n, s in shapes.items()}
+    given |= {n: np.full(s, 400, np.float32) for n, s in shapes.items() if n == "timestep"}
+
+    def ran(component, precision):
+        graph = component.graphs["full"]
+        wanted = {d: n for d, n in dims.items() if any(d in t.shape for t in graph.inputs)}
+        network = OnnxRuntime().compile(component, graph, Profile(wanted, precision, 1))
+        return next(iter(network.open({})(given).values()))
+
+    floats = ran(component, "f32")
+    lost = [np.square(ran(twin, "int8") - floats).mean() for twin in (split, whole)]
+    assert 0 < lost[0] < 1.5 * lost[1], lost
 
 
 def test_layers_do_run_in_int8(quantised):
