@@ -126,7 +126,16 @@ class Rule:
 _LEVEL = (".ff.net.2/", ".proj_in/", ".proj_out/")
 _FINE = (*_LEVEL, ".ff.net.0.", ".to_out.", ".in_layers.", ".out_layers.", ".conv/")
 RULES = {
-    "int8": Rule((".skip_connection/", ".op/", ".attn2/MatMul"), (_LEVEL, _FINE, _FINE)),
+    "int8": Rule(
+        (".skip_connection/", ".attn2/MatMul"),
+        levels=(
+            (".ff.net.2/", ".proj_in/"),
+            (".ff.net.2/", ".proj_out/", ".ff.net.0.", ".to_out.", ".conv/"),
+            (*_LEVEL, ".ff.net.0.", ".to_out.", ".out_layers."),
+        ),
+        first=(".op/",),
+        last=(".upsample.conv/",),
+    ),
     "fp8": Rule((".skip_connection/", ".op/", ".attn2/MatMul"), (_LEVEL, _FINE, _FINE)),
 }
 
