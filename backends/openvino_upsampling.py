@@ -60,7 +60,8 @@ def convolve_before(model: Any) -> int:
         made.set_friendly_name(found.end.get_friendly_name())
         for target in found.end.output(0).get_target_inputs():
             target.replace_source_output(made.output(0))
-    model.validate_nodes_and_infer_types()
+    if all_found:
+        model.validate_nodes_and_infer_types()
     return len(all_found)
 
 
