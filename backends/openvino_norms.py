@@ -39,12 +39,12 @@ def _group_norm(norm: Any) -> tuple[Any, Any] | None:
     """(the map [B, C, H, W], the node that gives it normed), of a norm without weights."""
     before, node = norm.input_value(0).get_node(), norm
     for kind, neutral in (("Multiply", 1), ("Add", 0)):
-        node = _only_user(node)
+        node = only_user(node)
         if node is None or node.get_type_name() != kind:
             return None
         if not _everywhere(node.input_value(1), neutral):
             return None
-    end = _only_user(node)
+    end = only_user(node)
     if end is None or {before.get_type_name(), end.get_type_name()} != {"Reshape"}:
         return None
     value = before.input_value(0)
@@ -55,7 +55,7 @@ def _group_norm(norm: Any) -> tuple[Any, Any] | None:
     return value, end
 
 
-def _only_user(node: Any) -> Any | None:
+def only_user(node: Any) -> Any | None:
     """The node that computes with this one's result, where it is one alone."""
     users = [t.get_node() for t in node.output(0).get_target_inputs()]
     users = [u for u in users if u.get_type_name() != "ShapeOf"]

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..engine.ports import Floats
+from .openvino_norms import only_user
 
 # What may stand between the enlarging and the convolution: what rounds to 8 bits and back.
 ROUNDING = {"Convert", "FakeQuantize", "Multiply", "Subtract"}
@@ -80,16 +81,16 @@ def kernels(weight: Floats) -> dict[tuple[int, int], Floats]:
 def _found(enlarged: Any) -> _Found | None:
     if enlarged.get_type_name() != "Interpolate" or not _doubles(enlarged):
         return None
-    user = node = _only_user(enlarged)
+    user = node = only_user(enlarged)
     while node is not None and node.get_type_name() in ROUNDING:
         if any(_spreads(value) for value in node.input_values()[1:]):
             return None
-        node = _only_user(node)
+        node = only_user(node)
     if node is None or node.get_type_name() != "Convolution" or not _three_by_three(node):
         return None
     if (weight := _constant(node.input_value(1))) is None:
         return None
-    end = _only_user(node)
+    end = only_user(node)
     bias = _constant(end.input_value(1)) if end and end.get_type_name() == "Add" else None
     if bias is None or bias[0].shape != (1, len(weight[0]), 1, 1):
         return _Found(enlarged, user, node, node, weight[0], None, weight[1])
@@ -106,13 +107,6 @@ def _doubles(node: Any) -> bool:
     height, width = value.get_shape()[2:]
     doubled = [*value.get_shape()[:2], 2 * height, 2 * width]
     return way == ["nearest", "asymmetric", "floor"] and list(out.get_shape()) == doubled
-
-
-def _only_user(node: Any) -> Any | None:
-    """The node that computes with this one's result, where it is one alone."""
-    users = [t.get_node() for t in node.output(0).get_target_inputs()]
-    users = [u for u in users if u.get_type_name() != "ShapeOf"]
-    return users[0] if len(users) == 1 else None
 
 
 def _spreads(value: Any) -> bool:
