@@ -66,16 +66,11 @@ def convolve_before(model: Any) -> int:
     return len(all_found)
 
 
-def kernels(weight: Floats) -> dict[tuple[int, int], Floats]:
-    """place -> [O, I, 2, 2], of a kernel [O, I, 3, 3]."""
-    return {
-        (a, b): np.stack(
-            [np.stack([weight[:, :, rows][..., columns].sum((2, 3)) for columns in MEETS[b]], -1)
-             for rows in MEETS[a]],
-            -2,
-        )
-        for a, b in PLACES
-    }  # fmt: skip
+def kernel(weight: Floats, place: tuple[int, int]) -> Floats:
+    """[O, I, 2, 2] for results at a place, of a kernel [O, I, 3, 3]."""
+    down, along = (MEETS[i] for i in place)
+    rows = [np.stack([weight[:, :, i][..., j].sum((2, 3)) for j in along], -1) for i in down]
+    return np.stack(rows, -2)
 
 
 def _found(enlarged: Any) -> _Found | None:
@@ -144,16 +139,17 @@ def _placed(found: _Found) -> Any:
     from openvino import opset13 as ops  # type: ignore[import-untyped]
 
     small, made = found.conv.input_value(0), []
-    for (a, b), kernel in kernels(found.weight).items():
-        weight = _rounded(ops, kernel) if found.rounded else ops.constant(kernel)
+    for a, b in PLACES:
+        sums = kernel(found.weight, (a, b))
+        weight = _rounded(ops, sums) if found.rounded else ops.constant(sums)
         one = ops.convolution(small, weight, [1, 1], [1 - a, 1 - b], [a, b], [1, 1])
         made.append(one if found.bias is None else ops.add(one, found.bias))
     return ops.depth_to_space(ops.concat(made, 1), "blocks_first", 2)
 
 
-def _rounded(ops: Any, kernel: Floats) -> Any:
+def _rounded(ops: Any, weight: Floats) -> Any:
     """A kernel in int8, times the scale of each of its outputs."""
-    scale = np.maximum(np.abs(kernel).max((1, 2, 3), keepdims=True), np.finfo(np.float32).tiny)
+    scale = np.maximum(np.abs(weight).max((1, 2, 3), keepdims=True), np.finfo(np.float32).tiny)
     scale = (scale / STEPS).astype(np.float32)
-    whole = ops.convert(ops.constant(np.round(kernel / scale).astype(np.int8)), "f32")
+    whole = ops.convert(ops.constant(np.round(weight / scale).astype(np.int8)), "f32")
     return ops.multiply(whole, ops.constant(scale))

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from ...backends.openvino_upsampling import PLACES, kernels
+from ...backends.openvino_upsampling import PLACES, kernel
 from ...engine.ports import Floats
 from .tidy import drop_unused
 from .tools import copy_of
@@ -31,7 +31,7 @@ class Part:
 
     def of(self, weight: Floats) -> Floats:
         """[O, I, 2, 2], of [O, I, 3, 3]."""
-        return kernels(weight)[self.place]
+        return kernel(weight, self.place)
 
 
 def on_small_maps(model: ir.Model, chosen: Collection[str]) -> tuple[ir.Model, dict[str, Part]]:
@@ -64,8 +64,9 @@ def _before(conv: ir.Node) -> ir.Value | None:
            ("mode", "coordinate_transformation_mode", "nearest_mode")]  # fmt: skip
     if scales is None or not np.array_equal(scales.numpy(), [1, 1, 2, 2]):
         return None
-    whole = {"strides": [1, 1], "dilations": [1, 1], "pads": [1, 1, 1, 1]}
-    if any(list(conv.attributes.get_ints(k, v)) != v for k, v in whole.items()):
+    if any(list(conv.attributes.get_ints(k, [1, 1])) != [1, 1] for k in ("strides", "dilations")):
+        return None
+    if list(conv.attributes.get_ints("pads", [0, 0, 0, 0])) != [1, 1, 1, 1]:
         return None
     nearest = way == ["nearest", "asymmetric", "floor"]
     return resize.inputs[0] if nearest and conv.attributes.get_int("group", 1) == 1 else None
@@ -87,16 +88,16 @@ def _split(graph: ir.Graph, conv: ir.Node, small: ir.Value, weight: ir.Value) ->
     shape = ir.Shape([*list(stored.shape)[:2], 2, 2])
     made, results, parts = [], [], {}
     for a, b in PLACES:
-        kernel = ir.Value(name=part_name(str(weight.name), (a, b)))
-        kernel.shape, kernel.type = shape, ir.TensorType(ir.DataType.FLOAT)
-        kernel.const_value = ir.ExternalTensor(
-            stored.location, 0, 0, ir.DataType.FLOAT, shape=shape, name=str(kernel.name)
+        sums = ir.Value(name=part_name(str(weight.name), (a, b)))
+        sums.shape, sums.type = shape, ir.TensorType(ir.DataType.FLOAT)
+        sums.const_value = ir.ExternalTensor(
+            stored.location, 0, 0, ir.DataType.FLOAT, shape=shape, name=str(sums.name)
         )
-        graph.register_initializer(kernel)
+        graph.register_initializer(sums)
         name = part_name(str(conv.name), (a, b))
         result = ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT))
         given = {"kernel_shape": [2, 2], "pads": [1 - a, 1 - b, a, b], "strides": [1, 1]}
-        made.append(ir.node("Conv", [small, kernel, *conv.inputs[2:]], given,
+        made.append(ir.node("Conv", [small, sums, *conv.inputs[2:]], given,
                             outputs=[result], name=name))  # fmt: skip
         results.append(result)
         parts[name] = Part(str(conv.name), str(weight.name), (a, b))
