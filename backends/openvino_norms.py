@@ -74,7 +74,8 @@ def _norm(value: Any, groups: int, epsilon: float) -> list[Any]:
     """(x - mean) / sqrt(variance + epsilon) in all its nodes, the last one being the result.
 
     The variance is the mean square less the square of the mean, in float32: of a group whose mean
-    is 30 times its deviation it is right to 1e-4, far below what bfloat16 rounds.
+    is 30 times its deviation it is right to 1e-4, far below what bfloat16 rounds. Of a group that
+    is nearly constant rounding can leave it below zero, where its root would be NaN.
     """
     from openvino import opset13 as ops  # type: ignore[import-untyped]
 
@@ -101,6 +102,7 @@ def _norm(value: Any, groups: int, epsilon: float) -> list[Any]:
     squares = grouped(add(ops.multiply(length, length)))
     square = add(ops.multiply(squares, np.float32(1 / (height * width))))
     variance = add(ops.subtract(square, add(ops.multiply(mean, mean))))
+    variance = add(ops.maximum(variance, np.float32(0)))
     inverse = add(ops.power(add(ops.add(variance, np.float32(epsilon))), np.float32(-0.5)))
     shift = add(ops.multiply(add(ops.multiply(mean, inverse)), np.float32(-1)))
     add(ops.add(add(ops.multiply(value, spread(inverse))), spread(shift)))

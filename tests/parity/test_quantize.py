@@ -118,7 +118,7 @@ def test_a_map_is_convolved_before_it_is_enlarged(name, tmp_path, rng):
     assert all(stored[n].dtype == "I8" and stored[n].shape[2:] == (2, 2) for n in parts)
     assert not {n.rpartition("/")[0] for n in parts} & set(stored), "not the whole ones too"
 
-    dims = {"B": 1, "T": 77, "h": 16, "w": 16}
+    dims = {"B": 1, "T": 77, "h": 8, "w": 8}
     shapes = {t.name: t.resolve(dims) for t in component.graphs["full"].inputs}
     given = {n: rng.standard_normal(s, np.float32) for n, s in shapes.items()}
     given |= {n: np.full(s, 400, np.float32) for n, s in shapes.items() if n == "timestep"}
@@ -130,12 +130,12 @@ def test_a_map_is_convolved_before_it_is_enlarged(name, tmp_path, rng):
         return next(iter(network.open({})(given).values()))
 
     floats = ran(component, "f32")
+    lost = [np.square(ran(twin, "int8") - floats).mean() for twin in (split, whole)]
+    assert 0 < lost[0] < 1.5 * lost[1], lost
     for twin in (split, divided):  # what adds up before them, OpenVINO must not keep in float32
         run = OpenVINO(Store(limit=0)).compile(twin, twin.graphs["full"], Profile(dims, "int8", 1))
         seen = next(iter(run.open({})(given).values()))
-        assert np.isfinite(seen).all()
-    lost = [np.square(ran(twin, "int8") - floats).mean() for twin in (split, whole)]
-    assert 0 < lost[0] < 1.5 * lost[1], lost
+        assert np.square(seen - floats).mean() < 2 * lost[0]
 
 
 def test_layers_do_run_in_int8(quantised):

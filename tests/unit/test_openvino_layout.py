@@ -70,6 +70,36 @@ def test_a_norm_of_channels_last(ops, rng, mean):
     )
 
 
+def test_a_norm_of_what_is_nearly_constant(ops, rng):
+    """Its variance, of a mean square less a square, can come out below zero."""
+    x = (1000 + 1e-3 * rng.standard_normal((2, 256, 6, 5))).astype(np.float32)
+    model = model_of(ops, x.shape, lambda x: group_norm(ops, x, 128))
+    assert channels_last_norms(model)
+    assert np.isfinite(computed(model, x)).all()
+
+
+def test_sums_of_groups_are_no_tokens(ops, rng):
+    """[B, G, 1] looks like tokens; on the way to a matrix and back it would be rounded to
+    bfloat16, and a variance that is the difference of two such sums be lost."""
+    shape = (2, 8, 6, 5)
+    weight = rng.standard_normal((8, 8)).astype(np.float32)
+
+    def build(x):
+        normed = group_norm(ops, x, 4)
+        channels = ops.reshape(normed, np.array([2, 8, 30]), special_zero=False)
+        tokens = ops.transpose(channels, np.array([0, 2, 1]))
+        return ops.add(ops.matmul(tokens, weight, False, True), tokens)
+
+    model = model_of(ops, shape, build)
+    made = openvino_layout.rearrange(model, tokens=True)
+    assert "MVN" not in kinds(model)
+    own = {node.get_friendly_name() for node in made} | {"x"}
+    sources = [v.get_node() for node in made for v in node.input_values()]
+    assert {s.get_friendly_name() for s in sources if s.get_type_name() != "Constant"} <= own
+    tokens = [n for n in model.get_ordered_ops() if n.get_type_name() == "MatMul"]
+    assert len(tokens[0].get_output_shape(0)) == 2, "those of the transformer are matrices"
+
+
 def test_a_norm_with_weights_of_its_own_is_left(ops, rng):
     def build(x):
         flat = ops.reshape(x, np.array([2, 4, -1]), special_zero=False)
