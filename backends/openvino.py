@@ -27,13 +27,7 @@ from . import devices, machine
 from .base import GraphBackend, Run, agree, first_line
 from .cache import Key, Store, open_store
 from .mapping import Mapped
-from .openvino_attention import RECIPE as BLOCKS
-from .openvino_attention import split_queries
-from .openvino_floats import RECIPE, keep_float32, of_a_step
-from .openvino_layout import RECIPE as LAYOUT
-from .openvino_layout import rearrange
-from .openvino_upsampling import RECIPE as UPSAMPLING
-from .openvino_upsampling import convolve_before
+from .openvino_rewrites import Rewrites
 from .openvino_weights import widen
 
 log = logging.getLogger("sdengine.backends")
@@ -103,7 +97,8 @@ class OpenVINO(GraphBackend):
             "INFERENCE_PRECISION_HINT": self._hint(profile.precision, device),
             **devices.options(device, threads, profile),
         }
-        half = config["INFERENCE_PRECISION_HINT"] == "bf16"
+        int8, half = profile.precision == "int8", config["INFERENCE_PRECISION_HINT"] == "bf16"
+        rewrites = Rewrites(device == devices.CPU, int8, half)
         what = {
             "backend": self.name,
             "component": component.spec.name,
@@ -117,10 +112,7 @@ class OpenVINO(GraphBackend):
             **devices.maker(core, device),
             "processor": machine.processor(),
             "threads": str(threads),
-            "in float32": RECIPE if half else "all",
-            "layout": LAYOUT if half and device == devices.CPU else "as it is",
-            "attention": BLOCKS if device == devices.CPU else "as it is",
-            "upsampling": UPSAMPLING if device == devices.CPU else "as it is",
+            **rewrites.recipes(),
         }
         store = self._place(device)
         kept = None if store is None else self._from_store(store, what, made, graph, device, config)
@@ -131,16 +123,10 @@ class OpenVINO(GraphBackend):
             model = core.read_model(graph.path)
             agree(component, graph, *(_names(ports) for ports in (model.inputs, model.outputs)))
             model.reshape({t.name: _partial(t.shape, profile.dims) for t in graph.inputs})
-            widened, made = None, []
-            if device == devices.CPU:
-                split_queries(model)
-                convolve_before(model)
-                if store is not None:
-                    widened = widen(model, component.weights, store.root)
-                if half and of_a_step(model):
-                    made = rearrange(model, profile.precision == "int8")
-            if half:
-                keep_float32(core, model, made)
+            rewrites.apply(core, model)
+            widened = None
+            if device == devices.CPU and store is not None:
+                widened = widen(model, component.weights, store.root)
             with _passing(widened):
                 return core.compile_model(model, device, config), widened
 

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from .openvino_nodes import constant, only_user
+
 CELLS = np.array([2, 3])  # the axes of [B, C, H, W] that a channel's mean is taken over
 
 
@@ -55,19 +57,10 @@ def _group_norm(norm: Any) -> tuple[Any, Any] | None:
     return value, end
 
 
-def only_user(node: Any) -> Any | None:
-    """The node that computes with this one's result, where it is one alone."""
-    users = [t.get_node() for t in node.output(0).get_target_inputs()]
-    users = [u for u in users if u.get_type_name() != "ShapeOf"]
-    return users[0] if len(users) == 1 else None
-
-
 def _everywhere(value: Any, number: float) -> bool:
     """Whether a constant, changed in shape and type or not, is this number everywhere."""
-    node = value.get_node()
-    while node.get_type_name() in ("Convert", "Reshape", "Unsqueeze"):
-        node = node.input_value(0).get_node()
-    return bool(node.get_type_name() == "Constant" and (node.get_data() == number).all())
+    numbers = constant(value)
+    return numbers is not None and bool((numbers == number).all())
 
 
 def _norm(value: Any, groups: int, epsilon: float) -> list[Any]:

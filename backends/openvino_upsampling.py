@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..engine.ports import Floats
-from .openvino_norms import only_user
+from .openvino_nodes import floats, only_user, rounded
 
 # What may stand between the enlarging and the convolution: what rounds to 8 bits and back.
 ROUNDING = {"Convert", "FakeQuantize", "Multiply", "Subtract"}
@@ -83,13 +83,14 @@ def _found(enlarged: Any) -> _Found | None:
         node = only_user(node)
     if node is None or node.get_type_name() != "Convolution" or not _three_by_three(node):
         return None
-    if (weight := _constant(node.input_value(1))) is None:
+    if (weight := floats(node.input_value(1))) is None:
         return None
+    whole = rounded(node.input_value(1)) is not None
     end = only_user(node)
-    bias = _constant(end.input_value(1)) if end and end.get_type_name() == "Add" else None
-    if bias is None or bias[0].shape != (1, len(weight[0]), 1, 1):
-        return _Found(enlarged, user, node, node, weight[0], None, weight[1])
-    return _Found(enlarged, user, node, end, weight[0], bias[0], weight[1])
+    bias = floats(end.input_value(1)) if end and end.get_type_name() == "Add" else None
+    if bias is None or bias.shape != (1, len(weight), 1, 1):
+        return _Found(enlarged, user, node, node, weight, None, whole)
+    return _Found(enlarged, user, node, end, weight, bias, whole)
 
 
 def _doubles(node: Any) -> bool:
@@ -117,21 +118,6 @@ def _three_by_three(conv: Any) -> bool:
     plain = ("strides", "dilations", "pads_begin", "pads_end")
     ones = all(list(attributes[name]) == [1, 1] for name in plain)
     return ones and list(conv.input_value(1).get_shape())[2:] == [3, 3]
-
-
-def _constant(value: Any) -> tuple[Floats, bool] | None:
-    """The numbers of a weight or bias, and whether they lie in int8; None of computed ones."""
-    node = value.get_node()
-    if node.get_type_name() == "Multiply":
-        inside, scale = (_constant(v) for v in node.input_values())
-        return inside and scale and (inside[0] * scale[0], inside[1])
-    if node.get_type_name() in ("Convert", "Reshape", "Unsqueeze"):
-        inside = _constant(node.input_value(0))
-        return inside and (inside[0].reshape(node.get_output_shape(0)), inside[1])
-    if node.get_type_name() != "Constant":
-        return None
-    data = node.get_data()
-    return data.astype(np.float32), data.dtype == np.int8
 
 
 def _placed(found: _Found) -> Any:

@@ -38,7 +38,7 @@ def test_the_time_is_not_rounded_and_the_rest_is_closer(unet, monkeypatch):
     """In bfloat16 999 is 1000, and the angle of the fastest wave is off by radians."""
     feeds = feeds_of(unet.graphs["shallow0"], np.random.default_rng(5))
     exact, kept = opened(unet, "f32"), opened(unet, "bf16")
-    monkeypatch.setattr("sdengine.backends.openvino.keep_float32", lambda core, model, also: 0)
+    monkeypatch.setattr(openvino_floats, "keep_float32", lambda core, model, also: 0)
     plain = opened(unet, "bf16")
 
     def at(run, time):

@@ -193,10 +193,10 @@ def test_of_the_embedded_model(monkeypatch, tokens):
         return network.open({})(feeds)["out_sample"], shapes
 
     exact, _ = run("f32")
-    rearrange, place = openvino_layout.rearrange, "sdengine.backends.openvino.rearrange"
-    monkeypatch.setattr(place, lambda model, _: rearrange(model, tokens))
+    rearrange = openvino_layout.rearrange
+    monkeypatch.setattr(openvino_layout, "rearrange", lambda model, _: rearrange(model, tokens))
     now, lying = run("bf16")
-    monkeypatch.setattr(place, lambda model, _: [])
+    monkeypatch.setattr(openvino_layout, "rearrange", lambda model, _: [])
     plain, turned = run("bf16")
     groups = (1, 32)  # a norm's own small sums, no tokens
     assert sum(n not in groups for _, n, _ in turned) > 20, "what OpenVINO does by itself"

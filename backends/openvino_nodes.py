@@ -1,0 +1,65 @@
+"""What the rewrites of an openvino.Model ask of its nodes.
+
+checked by  tests/unit/test_openvino_layout.py, tests/unit/test_openvino_padding.py
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..engine.ports import Floats
+
+RESHAPED = {"Convert", "Reshape", "Unsqueeze"}
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A weight in int8. whole: [O, ...]; scale: what it is multiplied by, [O, 1, ...]"""
+
+    whole: npt.NDArray[np.int8]
+    scale: Floats
+
+    @property
+    def floats(self) -> Floats:
+        return self.whole * self.scale
+
+
+def only_user(node: Any) -> Any | None:
+    """The node that computes with this one's result, where it is one alone."""
+    users = [t.get_node() for t in node.output(0).get_target_inputs()]
+    users = [u for u in users if u.get_type_name() != "ShapeOf"]
+    return users[0] if len(users) == 1 else None
+
+
+def constant(value: Any) -> npt.NDArray[Any] | None:
+    """A constant's numbers, in the type that they are kept in and the shape that they end in."""
+    node = value.get_node()
+    if node.get_type_name() == "Constant":
+        return np.asarray(node.get_data())
+    inside = constant(node.input_value(0)) if node.get_type_name() in RESHAPED else None
+    return None if inside is None else inside.reshape(node.get_output_shape(0))
+
+
+def rounded(value: Any) -> Rounded | None:
+    """A weight that lies in int8, a scale for each of its outputs; None of any other."""
+    if value.get_node().get_type_name() != "Multiply":
+        return None
+    whole, scale = (constant(v) for v in value.get_node().input_values())
+    if whole is None or scale is None or whole.dtype != np.int8:
+        return None
+    if scale.shape != (len(whole), *[1] * (whole.ndim - 1)):
+        return None
+    return Rounded(whole, scale.astype(np.float32))
+
+
+def floats(value: Any) -> Floats | None:
+    """A weight's or bias's numbers, in int8 or not; None of what is computed."""
+    inside = rounded(value)
+    if inside is not None:
+        return inside.floats
+    plain = constant(value)
+    return None if plain is None else plain.astype(np.float32)
