@@ -12,6 +12,7 @@ from . import openvino_attention as attention
 from . import openvino_floats as floats
 from . import openvino_gates as gates
 from . import openvino_layout as layout
+from . import openvino_padding as padding
 from . import openvino_upsampling as upsampling
 
 
@@ -37,6 +38,7 @@ class Rewrites:
             "attention": here and attention.RECIPE,
             "upsampling": here and upsampling.RECIPE,
             "gates": whole and gates.RECIPE,
+            "padding": whole and padding.RECIPE,
         }
         return {name: recipe or "as it is" for name, recipe in made.items()}
 
@@ -48,6 +50,7 @@ class Rewrites:
             upsampling.convolve_before(model)
             if self.int8:
                 gates.halve_gates(model)
+                padding.pad_with_zero_points(model)
             if self.half and floats.of_a_step(model):
                 made = layout.rearrange(model, self.int8)
         if self.half:

@@ -37,7 +37,7 @@ from .spec import (
     is_band,
     named_dims,
 )
-from .weights import read_header
+from .weights import read_header, totals
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -856,7 +856,7 @@ def _check_files(parts: _Manifest, files: Mapping[str, Path], verify: bool) -> N
     networks: list[_Component | _Twin] = [*parts.components.values()]
     networks += [t for n, c in parts.components.items() for _, t, _ in _twins(n, c)]
     for network in networks:
-        read_header(files[network.weights])
+        totals(files[network.weights], parts.files[network.weights].sha256)
     conditioning = parts.model.image_conditioning
     if conditioning is not None and conditioning.statistics:
         _check_statistics(files[parts.components["image_encoder"].weights], conditioning.embedding)
