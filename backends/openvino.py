@@ -26,7 +26,7 @@ from ..engine.spec import Component, Graph, Precision, Profile
 from . import devices, machine
 from .base import GraphBackend, Run, agree, first_line
 from .cache import Key, Store, open_store
-from .mapping import Mapped
+from .mapping import Mapped, passing
 from .openvino_rewrites import Rewrites
 from .openvino_weights import widen
 
@@ -127,14 +127,15 @@ class OpenVINO(GraphBackend):
             widened = None
             if device == devices.CPU and store is not None:
                 widened = widen(model, component.weights, store.root)
-            with _passing(widened):
+            # `model` keeps the file of the weights mapped
+            with _passing(widened), passing(component.weights):
                 return core.compile_model(model, device, config), widened
 
         with BUILDING:
             compiled, widened = build()
             if store is None:
                 return OpenVINOGraph(graph, compiled, widened)
-            with _passing(widened):
+            with _passing(widened), passing(component.weights):
                 path = store.keep(what, made, partial(_export, compiled))
             if path is None or path.stat().st_size < LARGE:
                 return OpenVINOGraph(graph, compiled, widened)

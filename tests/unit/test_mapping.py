@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sdengine.backends.mapping import Mapped
+from sdengine.backends.mapping import Mapped, passing
 
 MIB = 1 << 20
 linux = pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="the kernel counts pages")
@@ -24,9 +25,9 @@ def file(tmp_path):
     return path
 
 
-def resident(mapped: Mapped) -> int:
+def resident(data: np.ndarray) -> int:
     """Bytes of the mapping that are in memory now."""
-    address, inside = mapped.data.ctypes.data, False
+    address, inside = data.ctypes.data, False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         first = line.split()[0]
         if "-" in first:
@@ -43,9 +44,9 @@ def test_what_was_read_is_given_back_and_comes_again(file):
     wanted = int(np.arange(4 * MIB, dtype=np.uint64).sum())
     for _ in range(2):
         assert int(mapped.data.view(np.uint32).sum(dtype=np.uint64)) == wanted
-        assert resident(mapped) == 16 * MIB
+        assert resident(mapped.data) == 16 * MIB
         mapped.release()
-        assert resident(mapped) == 0
+        assert resident(mapped.data) == 0
 
 
 @linux
@@ -55,7 +56,7 @@ def test_a_block_leaves_nothing_behind(file, monkeypatch):
     with mapped.passing() as data:
         total = sum(int(data.sum(dtype=np.uint64)) for _ in range(5))
     assert total == 5 * int(np.frombuffer(file.read_bytes(), np.uint8).sum(dtype=np.uint64))
-    assert resident(mapped) == 0
+    assert resident(mapped.data) == 0
 
 
 def test_a_block_that_fails_ends_its_sweeper(file):
@@ -65,6 +66,36 @@ def test_a_block_that_fails_ends_its_sweeper(file):
     with pytest.raises(ValueError, match="refused"), mapped.passing():
         raise ValueError("refused")
     assert threading.active_count() == before
+
+
+@linux
+@pytest.mark.parametrize("name", ["data", "two words", "\u00fcber"])
+def test_what_somebody_else_mapped_is_given_back_too(file, name):
+    file = file.rename(file.with_name(name))
+    with open(file, "rb") as opened:
+        data = np.frombuffer(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+    with passing(file):
+        total = int(data.sum(dtype=np.uint64))
+    assert resident(data) == 0
+    assert int(data.sum(dtype=np.uint64)) == total
+
+
+@linux
+def test_what_can_be_written_to_is_kept(file):
+    """Pages that were changed, and are not in the file, would be lost."""
+    with open(file, "rb") as opened:
+        data = np.frombuffer(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY), np.uint8)
+    data[0] = 7
+    with passing(file):
+        assert data[0] == 7
+    assert data[0] == 7
+
+
+def test_nothing_is_given_back_where_nothing_is_listed(file, monkeypatch, tmp_path):
+    monkeypatch.setattr("sdengine.backends.mapping.LISTED", tmp_path / "no such file")
+    mapped = Mapped(file)
+    with passing(file):
+        assert mapped.data[0] == 0
 
 
 def test_it_says_that_it_is_writable_and_is_not(file):
