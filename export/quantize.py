@@ -111,12 +111,14 @@ class Rule:
     """What stays in float beside a network's ends, by parts of LDM names.
 
     anywhere    everywhere
+    output      in all of a UNet's output blocks
     levels      in the last output block of each level, coarse to fine: of the last ones of a UNet's
                 levels these, of all before them the first
     first, last     where it comes first, or last
     """
 
     anywhere: tuple[str, ...]
+    output: tuple[str, ...]
     levels: tuple[tuple[str, ...], ...]
     first: tuple[str, ...] = ()
     last: tuple[str, ...] = ()
@@ -128,15 +130,16 @@ _FINE = (*_LEVEL, ".ff.net.0.", ".to_out.", ".in_layers.", ".out_layers.", ".con
 RULES = {
     "int8": Rule(
         (".skip_connection/", ".attn2/MatMul"),
+        output=(".ff.net.2/",),
         levels=(
-            (".ff.net.2/", ".proj_in/"),
-            (".ff.net.2/", ".proj_out/", ".ff.net.0.", ".to_out.", ".conv/"),
-            (*_LEVEL, ".ff.net.0.", ".to_out.", ".out_layers."),
+            (".proj_in/",),
+            (".proj_out/", ".ff.net.0.", ".to_out.", ".conv/"),
+            (".proj_in/", ".proj_out/", ".ff.net.0.", ".to_out.", ".out_layers."),
         ),
         first=(".op/",),
         last=(".upsample.conv/",),
     ),
-    "fp8": Rule((".skip_connection/", ".op/", ".attn2/MatMul"), (_LEVEL, _FINE, _FINE)),
+    "fp8": Rule((".skip_connection/", ".op/", ".attn2/MatMul"), (), (_LEVEL, _FINE, _FINE)),
 }
 
 
@@ -312,6 +315,7 @@ def by_rule(component: Component, every: Choice, steps: Steps = INT8) -> Choice:
     weighted = [layer.name for layer in found if layer.weight is not None and _in_time(layer)]
     floats = {*weighted[:FIRST], *weighted[-LAST:]}
     floats |= {n for n in order for part in rule.anywhere if part in n}
+    floats |= {n for n in order if n.startswith(OUTPUT) for part in rule.output if part in n}
     floats |= {n for part in rule.first for n in [n for n in order if part in n][:1]}
     floats |= {n for part in rule.last for n in [n for n in order if part in n][-1:]}
     for block, parts in _ending(order, rule).items():

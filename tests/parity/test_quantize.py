@@ -388,8 +388,10 @@ def test_the_rule_on_the_embedded_network():
     assert {"input_blocks.0.0/Conv", "out.2/Conv"} < floats
     assert "input_blocks.7.1.transformer_blocks.0.attn2/MatMul" in floats
     second = "transformer_blocks.0.ff.net.2/MatMul"
-    assert {f"output_blocks.{b}.1.{second}" for b in (5, 8, 11)} < floats
-    assert f"output_blocks.7.1.{second}" not in floats
+    assert {f"output_blocks.{b}.1.{second}" for b in range(3, 12)} < floats
+    assert not {f"input_blocks.{b}.1.{second}" for b in (1, 2, 4, 5, 7, 8)} & floats
+    assert {f"output_blocks.{b}.1.proj_in/MatMul" for b in (5, 11)} < floats
+    assert "output_blocks.7.1.proj_in/MatMul" not in floats
     dims = {"B": 2, "T": 77, "h": 16, "w": 16}
     counted = by_node(ir.load(unet.graphs["full"].path), dims)
     left = sum(n for name, n in counted.items() if name in floats)
