@@ -1,9 +1,9 @@
 """A file in memory, of which only what is being read stays there.
 
-An engine that reads a compiled network packs its weights anew and has no use for the file's bytes
-afterwards; but pages once read stay in the process's resident memory, another copy of the network
-in every figure of it. The kernel keeps such pages in its own cache, so giving them back costs next
-to nothing if they should be read again.
+An engine that reads a compiled network, or compiles one, packs its weights anew and has no use for
+the file's bytes afterwards; but pages once read stay in the process's resident memory, another copy
+of the network in every figure of it. The kernel keeps such pages in its own cache, so giving them
+back costs next to nothing if they should be read again.
 
 checked by  tests/unit/test_mapping.py
 """
@@ -14,6 +14,7 @@ import ctypes
 import mmap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Thread
 from typing import IO
@@ -53,42 +54,50 @@ class Mapped:
             yield self.data
 
 
-@contextmanager
-def passing(file: Path) -> Iterator[None]:
-    """A block in which a library reads a file once that it has mapped itself: its pages are given
-    back all the time.
+@dataclass(frozen=True)
+class Pages:
+    """Where a library has mapped files by itself: (address, bytes) of each.
 
-    The caller holds, for the whole block, what keeps the file mapped: addresses are looked up at
-    its start. Only mappings that nobody can write to count, and nothing is done where the kernel
-    does not list them.
+    Who gives them back holds what keeps them mapped: an address that was let go may be somebody
+    else's memory by now.
     """
-    found = _mapped(file)
-    if not found:
-        yield
-        return
-    kernel = ctypes.CDLL(None)
 
-    def release() -> None:
-        for address, length in found:
-            kernel.madvise(ctypes.c_void_p(address), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
+    ranges: frozenset[tuple[int, int]]
 
-    with _again_and_again(release):
-        yield
+    def __sub__(self, others: Pages) -> Pages:
+        return Pages(self.ranges - others.ranges)
+
+    @contextmanager
+    def passing(self) -> Iterator[None]:
+        """As `Mapped.passing`, for a block that reads the files once."""
+        if not self.ranges:
+            yield
+            return
+        kernel = ctypes.CDLL(None)
+
+        def release() -> None:
+            for address, length in self.ranges:
+                place = ctypes.c_void_p(address), ctypes.c_size_t(length)
+                kernel.madvise(*place, mmap.MADV_DONTNEED)
+
+        with _again_and_again(release):
+            yield
 
 
-def _mapped(file: Path) -> list[tuple[int, int]]:
-    """(address, bytes) of each read-only mapping of a file in this process."""
+def pages_of(file: Path) -> Pages:
+    """The mappings of a file in this process that nobody can write to; none where the kernel does
+    not list them."""
     try:
-        lines = LISTED.read_text("utf-8", "surrogateescape").splitlines()
+        lines = LISTED.read_text("utf-8", "surrogateescape").split("\n")
     except OSError:
-        return []
-    found = []
+        return Pages(frozenset())
+    name, found = str(file.resolve()), set()
     for line in lines:
-        where, rights, *_, name = line.split(maxsplit=5)
-        if name == str(file.resolve()) and rights.startswith("r--"):
+        where, rights, *_, mapped = line.split(maxsplit=5) or ("", "", "")
+        if mapped == name and rights.startswith("r--"):
             low, high = (int(n, 16) for n in where.split("-"))
-            found.append((low, high - low))
-    return found
+            found.add((low, high - low))
+    return Pages(frozenset(found))
 
 
 @contextmanager

@@ -45,8 +45,10 @@ def _gated(split: Any) -> tuple[Any, Rounded, Floats] | None:
     """(input [..., C], weight [2 N, C], bias [2 N]) of a layer in int8 whose result is cut in two
     along its last axis, and not read otherwise."""
     value, axis = split.input_values()
-    last = value.get_partial_shape().rank.get_length() - 1
-    if split.get_output_size() != 2 or constant(axis) not in (-1, last):
+    rank = value.get_partial_shape().rank
+    if split.get_output_size() != 2 or rank.is_dynamic:
+        return None
+    if constant(axis) not in (-1, rank.get_length() - 1):
         return None
     added = value.get_node()
     if added.get_type_name() != "Add" or only_user(added) is None:
@@ -58,6 +60,9 @@ def _gated(split: Any) -> tuple[Any, Rounded, Floats] | None:
     if turned["transpose_a"] or not turned["transpose_b"]:
         return None
     weight, bias = rounded(product.input_value(1)), floats(added.input_value(1))
-    if weight is None or bias is None or bias.size != len(weight.whole):
+    if weight is None or bias is None or weight.whole.ndim != 2:
+        return None
+    # one number for each channel, not for each token
+    if bias.shape[-1:] != (bias.size,) or bias.size != len(weight.whole):
         return None
     return product.input_value(0), weight, bias.reshape(-1)

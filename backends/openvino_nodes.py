@@ -1,6 +1,6 @@
 """What the rewrites of an openvino.Model ask of its nodes.
 
-checked by  tests/unit/test_openvino_layout.py, tests/unit/test_openvino_padding.py
+checked by  tests/unit/test_openvino_nodes.py
 """
 
 from __future__ import annotations
@@ -36,11 +36,15 @@ def only_user(node: Any) -> Any | None:
 
 
 def constant(value: Any) -> npt.NDArray[Any] | None:
-    """A constant's numbers, in the type that they are kept in and the shape that they end in."""
+    """A constant's numbers in the shape that they end in, and in the type that they are kept in;
+    in float32 for bfloat16, which numpy does not know and OpenVINO hands out as float16's bits."""
     node = value.get_node()
     if node.get_type_name() == "Constant":
-        return np.asarray(node.get_data())
-    inside = constant(node.input_value(0)) if node.get_type_name() in RESHAPED else None
+        half = node.get_element_type().to_string() == "bf16"
+        return np.asarray(node.get_data(dtype=np.float32) if half else node.get_data())
+    if node.get_type_name() not in RESHAPED or node.output(0).get_partial_shape().is_dynamic:
+        return None
+    inside = constant(node.input_value(0))
     return None if inside is None else inside.reshape(node.get_output_shape(0))
 
 

@@ -72,7 +72,7 @@ def _found(conv: Any) -> _Found | None:
     weight = rounded(conv.input_value(1))
     if step is None or zero is None or weight is None or step.size != 1 or zero.size != 1:
         return None
-    if not zero.any() or steps.get_partial_shape().is_dynamic:
+    if not zero.any() or steps.get_partial_shape().is_dynamic or weight.whole.ndim != 4:
         return None
     if weight.whole.size < np.prod(steps.get_shape()):
         return None  # to copy the map would take as long as is spared

@@ -855,8 +855,6 @@ def _check_files(parts: _Manifest, files: Mapping[str, Path], verify: bool) -> N
             )
     networks: list[_Component | _Twin] = [*parts.components.values()]
     networks += [t for n, c in parts.components.items() for _, t, _ in _twins(n, c)]
-    for network in networks:
-        totals(files[network.weights], parts.files[network.weights].sha256)
     conditioning = parts.model.image_conditioning
     if conditioning is not None and conditioning.statistics:
         _check_statistics(files[parts.components["image_encoder"].weights], conditioning.embedding)
@@ -870,6 +868,8 @@ def _check_files(parts: _Manifest, files: Mapping[str, Path], verify: bool) -> N
                 f"{record.sha256[:16]}...",
                 hint="the file was changed: copy the bundle again, or export the model again",
             )
+    for network in networks:  # kept by this hash, which is now known to be the file's
+        totals(files[network.weights], parts.files[network.weights].sha256)
 
 
 def _check_statistics(file: Path, width: int) -> None:

@@ -14,9 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from sdengine.backends import machine
+from sdengine.backends import machine, openvino_padding
 from sdengine.backends.cache import Store
+from sdengine.backends.mapping import LISTED, Pages, pages_of
 from sdengine.backends.openvino import OpenVINO
+from sdengine.backends.openvino_rewrites import Rewrites
 from sdengine.engine.errors import BackendError, BackendUnavailable, CorruptPart
 from sdengine.engine.spec import Profile, TensorSpec
 
@@ -45,6 +47,29 @@ def unet(handmade, tmp_path):
 @pytest.fixture
 def store(tmp_path):
     return Store(tmp_path / "cache")
+
+
+@pytest.mark.skipif(not LISTED.exists(), reason="the kernel lists what is mapped")
+def test_only_its_own_mapping_of_the_weights_is_given_back(unet, store, monkeypatch):
+    """While it is compiled, and while it is kept; another's may be let go meanwhile."""
+    given: list[Pages] = []
+    real = Pages.passing
+
+    def passing(pages):
+        given.append(pages)
+        return real(pages)
+
+    monkeypatch.setattr(Pages, "passing", passing)
+    core = openvino.Core()
+    other = core.read_model(unet.graphs["full"].path)
+    others = pages_of(unet.weights)
+    assert len(others.ranges) == 1
+    OpenVINO(store).compile(unet, unet.graphs["full"], Profile(DIMS))
+    assert len(given) == 2
+    assert given[0] == given[1]
+    assert len(given[0].ranges) == 1
+    assert not given[0].ranges & others.ranges
+    assert other is not None
 
 
 @pytest.mark.parametrize("dims", [{}, {"B": 2}, DIMS], ids=["free", "batch", "static"])
@@ -194,6 +219,19 @@ def test_a_blob_outlives_its_eviction(unet, store, feeds):
     first = session(feeds)["out_sample"]
     store.prune(0)
     np.testing.assert_array_equal(session(feeds)["out_sample"], first)
+
+
+def test_what_a_network_was_rewritten_in_is_told(monkeypatch):
+    """By the cache: a change of one rewrite makes those networks anew that have it, no others."""
+    float32, half, whole = (Rewrites(True, *kind) for kind in ((0, 0), (0, 1), (1, 1)))
+    before = [r.recipes() for r in (float32, half, whole)]
+    monkeypatch.setattr(openvino_padding, "RECIPE", "another")
+    after = [r.recipes() for r in (float32, half, whole)]
+    assert before[:2] == after[:2]
+    assert before[2] != after[2]
+    assert {k for k in before[2] if before[2][k] != after[2][k]} == {"padding"}
+    elsewhere = Rewrites(False, True, True).recipes()
+    assert {k for k, v in elsewhere.items() if v != "as it is"} == {"in float32"}
 
 
 def test_threads(unet, store, monkeypatch):

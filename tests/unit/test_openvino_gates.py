@@ -11,7 +11,7 @@ from sdengine.backends.openvino_gates import halve_gates
 
 pytestmark = pytest.mark.ov
 
-INNER, CHANNELS, TOKENS = 24, 8, 10
+INNER, CHANNELS, TOKENS = 24, 8, 48  # as many tokens as channels of both halves
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def ops():
     return opset13
 
 
-def gated(ops, rng, *, kind=np.int8, axis=-1, turned=True, watched=False):
+def gated(ops, rng, *, kind=np.int8, axis=-1, turned=True, watched=False, by_token=False):
     """x [TOKENS, CHANNELS] through a layer of twice INNER, cut in two, one half a gate."""
     whole = rng.integers(-127, 128, (2 * INNER, CHANNELS)).astype(kind)
     scale = rng.uniform(1e-3, 1e-2, (2 * INNER, 1)).astype(np.float32)
@@ -33,6 +33,7 @@ def gated(ops, rng, *, kind=np.int8, axis=-1, turned=True, watched=False):
     if not turned:
         weight = ops.transpose(weight, np.array([1, 0]))
     product = ops.matmul(x, weight, False, turned)
+    bias = bias[:TOKENS, None] if by_token else bias
     wide = ops.add(product, ops.convert(ops.constant(bias), "f32"))
     one, other = ops.split(wide, np.int64(axis), 2).outputs()
     ends = [ops.result(ops.multiply(one, ops.gelu(other, "erf")))]
@@ -63,8 +64,8 @@ def test_two_layers_give_what_one_gave(ops, axis):
 
 @pytest.mark.parametrize(
     "otherwise",
-    [{"kind": np.float32}, {"axis": 0}, {"turned": False}, {"watched": True}],
-    ids=["weights not in int8", "tokens cut in two", "a turned weight", "the whole is read too"],
+    [{"kind": np.float32}, {"axis": 0}, {"turned": False}, {"watched": True}, {"by_token": True}],
+    ids=["not in int8", "tokens cut in two", "a turned weight", "read whole too", "bias by token"],
 )
 def test_what_is_left(ops, rng, otherwise):
     model = gated(ops, rng, **otherwise)

@@ -35,12 +35,16 @@ def model_of(
     out=OUT,
     free=False,
     floats=False,
+    dilation=1,
+    batch=1,
+    half=None,
+    shared=False,
 ):
-    """x [1, CHANNELS, SIDE, SIDE] -> 8 bits and back -> a convolution in int8, as ONNX's
+    """x [batch, CHANNELS, SIDE, SIDE] -> 8 bits and back -> a convolution in int8, as ONNX's
     QuantizeLinear and DequantizeLinear are read. pads: above, before, below, behind."""
     rng = np.random.default_rng(0)
     least, most = (0, 255) if kind == np.uint8 else (-128, 127)
-    x = ops.parameter([1, CHANNELS, *[-1 if free else SIDE] * 2], np.float32, name="x")
+    x = ops.parameter([batch, CHANNELS, *[-1 if free else SIDE] * 2], np.float32, name="x")
     ends = (np.float32((n - zero) * STEP) for n in (least, most))
     steps = ops.fake_quantize(x, *ends, np.float32(least), np.float32(most), 256)
     whole = ops.convert(ops.convert(steps, {np.uint8: "u8", np.int8: "i8"}[kind]), "f32")
@@ -50,9 +54,15 @@ def model_of(
     scale = rng.uniform(1e-4, 1e-3, (out, 1, 1, 1)).astype(np.float32)
     weight = ops.constant(weight.astype(np.float32 if floats else np.int8))
     scaled = ops.multiply(weight if floats else ops.convert(weight, "f32"), scale)
-    made = ops.convolution(value, scaled, [stride] * 2, pads[:2], pads[2:], [1, 1])
+    made = ops.convolution(value, scaled, [stride] * 2, pads[:2], pads[2:], [dilation] * 2)
+    moved = rng.standard_normal((1, out, 1, 1)).astype(np.float32)
+    if half is not None:  # as weights that are stored in it are read
+        moved = ops.convert(ops.constant(moved, dtype=half), "f32")
     if bias:
-        made = ops.add(made, rng.standard_normal((1, out, 1, 1)).astype(np.float32))
+        made = ops.add(made, moved)
+    if shared:
+        other = ops.convolution(value, scaled, [stride] * 2, pads[:2], pads[2:], [dilation] * 2)
+        made = ops.add(made, ops.relu(other))
     return library().Model([ops.result(made)], [x], "m")
 
 
@@ -62,9 +72,8 @@ def computed(model, x):
     return run({0: x})[0]
 
 
-def convolution(model):
-    (found,) = (n for n in model.get_ordered_ops() if n.get_type_name() == "Convolution")
-    return found
+def convolutions(model):
+    return [n for n in model.get_ordered_ops() if n.get_type_name() == "Convolution"]
 
 
 @pytest.mark.parametrize(
@@ -74,18 +83,25 @@ def convolution(model):
         {"kind": np.int8, "zero": -90},
         {"bias": False},
         {"stride": 2},
+        {"dilation": 2, "pads": (2, 2, 2, 2)},
+        {"batch": 2},
+        {"half": "f16"},
+        {"half": "bf16"},
+        {"shared": True},
         {"pads": (0, 0, 1, 1), "stride": 2},
         *({"kernel": 2, "pads": (1 - a, 1 - b, a, b)} for a in (0, 1) for b in (0, 1)),
     ],
     ids=str,
 )
 def test_the_result_is_the_same(ops, rng, way):
-    x = rng.standard_normal((1, CHANNELS, SIDE, SIDE), np.float32)
+    way = {**way, "half": way.get("half") and getattr(library().Type, way["half"])}
+    x = rng.standard_normal((way.get("batch", 1), CHANNELS, SIDE, SIDE), np.float32)
     before, after = model_of(ops, **way), model_of(ops, **way)
-    assert pad_with_zero_points(after) == 1
-    conv = convolution(after)
-    assert not any((*conv.get_attributes()["pads_begin"], *conv.get_attributes()["pads_end"]))
-    assert conv.input_value(0).get_node().input_value(0).get_node().get_type_name() == "Convert"
+    assert pad_with_zero_points(after) == len(convolutions(after))
+    for conv in convolutions(after):
+        assert not any((*conv.get_attributes()["pads_begin"], *conv.get_attributes()["pads_end"]))
+        value = conv.input_value(0).get_node().input_value(0).get_node()
+        assert value.get_type_name() == "Convert", "no zero point is taken away"
     due = computed(before, x)
     assert np.abs(computed(after, x) - due).max() < 1e-5 * np.abs(due).max()
 
