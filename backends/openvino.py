@@ -14,7 +14,6 @@ import logging
 import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import cached_property, partial
 from threading import Lock
 from typing import Any, BinaryIO
@@ -27,7 +26,7 @@ from ..engine.spec import Component, Graph, Precision, Profile
 from . import devices, machine
 from .base import GraphBackend, Run, agree, first_line
 from .cache import Key, Store, open_store
-from .mapping import Mapped, Pages, pages_of
+from .mapping import Mapped
 from .openvino_rewrites import Rewrites
 from .openvino_weights import widen
 
@@ -120,35 +119,29 @@ class OpenVINO(GraphBackend):
         if kept is not None:
             return kept
 
-        def build() -> _Built:
-            before = pages_of(component.weights)
+        def build() -> tuple[Any, Mapped | None]:
             model = core.read_model(graph.path)
-            pages = pages_of(component.weights) - before
             agree(component, graph, *(_names(ports) for ports in (model.inputs, model.outputs)))
             model.reshape({t.name: _partial(t.shape, profile.dims) for t in graph.inputs})
             rewrites.apply(core, model)
             widened = None
             if device == devices.CPU and store is not None:
                 widened = widen(model, component.weights, store.root)
-            with pages.passing(), _passing(widened):
-                return _Built(core.compile_model(model, device, config), widened, model, pages)
+            with _passing(widened):
+                return core.compile_model(model, device, config), widened
 
         with BUILDING:
-            built = build()
+            compiled, widened = build()
             if store is None:
-                return OpenVINOGraph(graph, built.compiled, built.widened)
-            with built.pages.passing(), _passing(built.widened):
-                path = store.keep(what, made, partial(_export, built.compiled))
+                return OpenVINOGraph(graph, compiled, widened)
+            with _passing(widened):
+                path = store.keep(what, made, partial(_export, compiled))
             if path is None or path.stat().st_size < LARGE:
-                return OpenVINOGraph(graph, built.compiled, built.widened)
+                return OpenVINOGraph(graph, compiled, widened)
             # What was compiled holds all weights once more in float32; what is read back does not.
-            del built
+            compiled = widened = None
         again = self._from_store(store, what, made, graph, device, config)
-        if again is not None:
-            return again
-        with BUILDING:
-            built = build()
-        return OpenVINOGraph(graph, built.compiled, built.widened)
+        return OpenVINOGraph(graph, *build()) if again is None else again
 
     def _place(self, device: str) -> Store | None:
         """Where compiled networks are kept; None for those that cannot be."""
@@ -177,21 +170,6 @@ class OpenVINO(GraphBackend):
         except Exception as error:
             store.discard(what, made, f"OpenVINO refuses it: {first_line(error)}")
             return None
-
-
-@dataclass(frozen=True)
-class _Built:
-    """What was compiled, with what it was compiled from.
-
-    widened     what its weights were widened into, and must outlive it
-    model       an openvino.Model, which keeps `pages` mapped
-    pages       of the file of the weights as it is
-    """
-
-    compiled: Any
-    widened: Mapped | None
-    model: Any
-    pages: Pages
 
 
 class OpenVINOGraph:

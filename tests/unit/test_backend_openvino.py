@@ -16,7 +16,6 @@ import pytest
 
 from sdengine.backends import machine, openvino_padding
 from sdengine.backends.cache import Store
-from sdengine.backends.mapping import LISTED, Pages, pages_of
 from sdengine.backends.openvino import OpenVINO
 from sdengine.backends.openvino_rewrites import Rewrites
 from sdengine.engine.errors import BackendError, BackendUnavailable, CorruptPart
@@ -47,29 +46,6 @@ def unet(handmade, tmp_path):
 @pytest.fixture
 def store(tmp_path):
     return Store(tmp_path / "cache")
-
-
-@pytest.mark.skipif(not LISTED.exists(), reason="the kernel lists what is mapped")
-def test_only_its_own_mapping_of_the_weights_is_given_back(unet, store, monkeypatch):
-    """While it is compiled, and while it is kept; another's may be let go meanwhile."""
-    given: list[Pages] = []
-    real = Pages.passing
-
-    def passing(pages):
-        given.append(pages)
-        return real(pages)
-
-    monkeypatch.setattr(Pages, "passing", passing)
-    core = openvino.Core()
-    other = core.read_model(unet.graphs["full"].path)
-    others = pages_of(unet.weights)
-    assert len(others.ranges) == 1
-    OpenVINO(store).compile(unet, unet.graphs["full"], Profile(DIMS))
-    assert len(given) == 2
-    assert given[0] == given[1]
-    assert len(given[0].ranges) == 1
-    assert not given[0].ranges & others.ranges
-    assert other is not None
 
 
 @pytest.mark.parametrize("dims", [{}, {"B": 2}, DIMS], ids=["free", "batch", "static"])

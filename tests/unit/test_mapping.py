@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sdengine.backends.mapping import Mapped, Pages, pages_of
+from sdengine.backends.mapping import Mapped
 
 MIB = 1 << 20
 linux = pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="the kernel counts pages")
@@ -25,9 +24,9 @@ def file(tmp_path):
     return path
 
 
-def resident(data: np.ndarray) -> int:
+def resident(mapped: Mapped) -> int:
     """Bytes of the mapping that are in memory now."""
-    address, inside = data.ctypes.data, False
+    address, inside = mapped.data.ctypes.data, False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         first = line.split()[0]
         if "-" in first:
@@ -44,9 +43,9 @@ def test_what_was_read_is_given_back_and_comes_again(file):
     wanted = int(np.arange(4 * MIB, dtype=np.uint64).sum())
     for _ in range(2):
         assert int(mapped.data.view(np.uint32).sum(dtype=np.uint64)) == wanted
-        assert resident(mapped.data) == 16 * MIB
+        assert resident(mapped) == 16 * MIB
         mapped.release()
-        assert resident(mapped.data) == 0
+        assert resident(mapped) == 0
 
 
 @linux
@@ -56,7 +55,7 @@ def test_a_block_leaves_nothing_behind(file, monkeypatch):
     with mapped.passing() as data:
         total = sum(int(data.sum(dtype=np.uint64)) for _ in range(5))
     assert total == 5 * int(np.frombuffer(file.read_bytes(), np.uint8).sum(dtype=np.uint64))
-    assert resident(mapped.data) == 0
+    assert resident(mapped) == 0
 
 
 def test_a_block_that_fails_ends_its_sweeper(file):
@@ -66,52 +65,6 @@ def test_a_block_that_fails_ends_its_sweeper(file):
     with pytest.raises(ValueError, match="refused"), mapped.passing():
         raise ValueError("refused")
     assert threading.active_count() == before
-
-
-@linux
-@pytest.mark.parametrize("name", ["data", "two words", "\u00fcber", "next\x85line"])
-def test_what_somebody_else_mapped_is_given_back_too(file, name):
-    file = file.rename(file.with_name(name))
-    with open(file, "rb") as opened:
-        data = np.frombuffer(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
-    with pages_of(file).passing():
-        total = int(data.sum(dtype=np.uint64))
-    assert resident(data) == 0
-    assert int(data.sum(dtype=np.uint64)) == total
-
-
-@linux
-def test_what_can_be_written_to_is_kept(file):
-    """Pages that were changed, and are not in the file, would be lost."""
-    with open(file, "rb") as opened:
-        data = np.frombuffer(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY), np.uint8)
-    data[0] = 7
-    with pages_of(file).passing():
-        assert data[0] == 7
-    assert data[0] == 7
-
-
-@linux
-def test_mappings_of_others_are_left_out(file):
-    """They may be let go while a library reads its own."""
-    other = Mapped(file)
-    before = pages_of(file)
-    own = Mapped(file)
-    with (pages_of(file) - before).passing():
-        total = int(own.data.sum(dtype=np.uint64)) + int(other.data.sum(dtype=np.uint64))
-    assert total > 0
-    assert resident(own.data) == 0
-    assert resident(other.data) == 16 * MIB
-
-
-@linux
-def test_nothing_is_given_back_where_nothing_is_listed(file, monkeypatch, tmp_path):
-    monkeypatch.setattr("sdengine.backends.mapping.LISTED", tmp_path / "no such file")
-    mapped = Mapped(file)
-    with pages_of(file).passing():
-        assert mapped.data.sum(dtype=np.uint64) > 0
-    assert resident(mapped.data) == 16 * MIB
-    assert pages_of(file) == Pages(frozenset())
 
 
 def test_it_says_that_it_is_writable_and_is_not(file):
