@@ -67,3 +67,11 @@ def floats(value: Any) -> Floats | None:
         return inside.floats
     plain = constant(value)
     return None if plain is None else plain.astype(np.float32)
+
+
+def biased(conv: Any) -> tuple[Any, Floats | None]:
+    """Where a convolution of maps ends: in the sum with its bias, [1, O, 1, 1], or, without one, in
+    itself."""
+    outputs, end = conv.input_value(1).get_shape()[0], only_user(conv)
+    bias = floats(end.input_value(1)) if end and end.get_type_name() == "Add" else None
+    return (conv, None) if bias is None or bias.shape != (1, outputs, 1, 1) else (end, bias)

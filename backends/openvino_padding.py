@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..engine.ports import Floats
-from .openvino_nodes import Rounded, constant, floats, only_user, rounded
+from .openvino_nodes import Rounded, biased, constant, rounded
 
 RECIPE = "int8 convolutions without zero points: 1"
 
@@ -76,10 +76,8 @@ def _found(conv: Any) -> _Found | None:
         return None
     if weight.whole.size < np.prod(steps.get_shape()):
         return None  # to copy the map would take as long as is spared
-    end, shape = only_user(conv), (1, len(weight.whole), 1, 1)
-    bias = floats(end.input_value(1)) if end and end.get_type_name() == "Add" else None
-    if bias is None or bias.shape != shape:
-        end, bias = conv, np.zeros(shape, np.float32)
+    end, bias = biased(conv)
+    bias = np.zeros((1, len(weight.whole), 1, 1), np.float32) if bias is None else bias
     return _Found(conv, end, steps, zero.reshape(()), step, weight, bias)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..engine.ports import Floats
-from .openvino_nodes import floats, only_user, rounded
+from .openvino_nodes import biased, floats, only_user, rounded
 
 # What may stand between the enlarging and the convolution: what rounds to 8 bits and back.
 ROUNDING = {"Convert", "FakeQuantize", "Multiply", "Subtract"}
@@ -32,8 +32,8 @@ class _Found:
     """enlarged    the node that enlarges the map [B, C, h, w]
     user        whose first input that is: the convolution, or the first of ROUNDING before it
     conv, end   the convolution, and the sum with its bias where there is one
-    weight      [O, I, 3, 3]
     bias        [1, O, 1, 1], or None
+    weight      [O, I, 3, 3]
     rounded     whether the weight lies in int8
     """
 
@@ -41,8 +41,8 @@ class _Found:
     user: Any
     conv: Any
     end: Any
-    weight: Floats
     bias: Floats | None
+    weight: Floats
     rounded: bool
 
 
@@ -86,11 +86,7 @@ def _found(enlarged: Any) -> _Found | None:
     if (weight := floats(node.input_value(1))) is None:
         return None
     whole = rounded(node.input_value(1)) is not None
-    end = only_user(node)
-    bias = floats(end.input_value(1)) if end and end.get_type_name() == "Add" else None
-    if bias is None or bias.shape != (1, len(weight), 1, 1):
-        return _Found(enlarged, user, node, node, weight, None, whole)
-    return _Found(enlarged, user, node, end, weight, bias, whole)
+    return _Found(enlarged, user, node, *biased(node), weight, whole)
 
 
 def _doubles(node: Any) -> bool:

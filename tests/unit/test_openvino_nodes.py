@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("openvino")
 from sdengine.backends.openvino import library
-from sdengine.backends.openvino_nodes import constant, floats, only_user, rounded
+from sdengine.backends.openvino_nodes import biased, constant, floats, only_user, rounded
 
 pytestmark = pytest.mark.ov
 
@@ -62,3 +62,19 @@ def test_the_only_user(ops):
     two = ops.exp(x)
     assert two is not None
     assert only_user(x) is None
+
+
+def test_where_a_convolution_ends(ops):
+    x = ops.parameter([1, 4, 8, 8], np.float32)
+    weight, bias = ops.constant(np.ones((2, 4, 1, 1), np.float32)), np.ones((1, 2, 1, 1))
+    ends = [0, 0], [0, 0], [1, 1]
+    conv, other, plain = (ops.convolution(x, weight, [1, 1], *ends) for _ in range(3))
+    end = ops.add(conv, bias.astype(np.float32))
+    map_added = ops.add(other, ops.parameter([1, 2, 8, 8], np.float32))
+    assert biased(conv)[0].get_friendly_name() == end.get_friendly_name()
+    assert np.array_equal(biased(conv)[1], bias)
+    assert map_added is not None
+    for alone in (other, plain):
+        found, none = biased(alone)
+        assert found is alone
+        assert none is None

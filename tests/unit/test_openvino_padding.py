@@ -139,3 +139,14 @@ def test_what_is_left(ops, way):
     model = model_of(ops, **way)
     assert pad_with_zero_points(model) == 0
     assert "Pad" not in [node.get_type_name() for node in model.get_ordered_ops()]
+
+
+def test_a_row_of_numbers_is_no_map(ops):
+    """[1, C, n], convolved along n; whatever its numbers are."""
+    x = ops.parameter([1, CHANNELS, SIDE], np.float32)
+    steps = ops.convert(ops.fake_quantize(x, *map(np.float32, (-1, 1, 0, 255)), 256), "u8")
+    away = ops.subtract(ops.convert(steps, "f32"), np.float32(128))
+    weight = ops.multiply(ops.convert(ops.constant(np.ones((OUT, CHANNELS, 3), np.int8)), "f32"),
+                          np.ones((OUT, 1, 1), np.float32))  # fmt: skip
+    made = ops.convolution(ops.multiply(away, np.float32(STEP)), weight, [1], [1], [1], [1])
+    assert pad_with_zero_points(library().Model([ops.result(made)], [x], "m")) == 0
