@@ -10,7 +10,6 @@ checked by  tests/unit/test_mapping.py
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -26,19 +25,13 @@ EVERY_S = 0.05  # at 2 GB/s of reading, 0.1 GB lie about in between
 
 
 class Mapped:
-    """The bytes of a file; `data` is uint8 [n] over them, and lives as long as this does.
-
-    `data` calls itself writable, as openvino.Tensor demands. It is not: a write ends the process.
-    OpenVINO maps the files of its own cache in the same way.
-    """
+    """The bytes of a file; `data` is uint8 [n] over them, which calls itself writable."""
 
     def __init__(self, file: Path | IO[bytes]) -> None:
         """file: by name, or open; it may be closed afterwards, and lose its name."""
         with file.open("rb") if isinstance(file, Path) else nullcontext(file) as opened:
             self._map = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
-        seen = np.frombuffer(self._map, np.uint8)
-        raw = (ctypes.c_uint8 * len(seen)).from_address(seen.ctypes.data)
-        self.data: Array = np.ctypeslib.as_array(raw)
+        self.data = writable(np.frombuffer(self._map, np.uint8))
 
     def release(self) -> None:
         """Give the pages back that were read; they come again when they are read again."""
@@ -62,3 +55,18 @@ class Mapped:
             done.set()
             sweeper.join()
             self.release()
+
+
+def writable(values: Array) -> Array:
+    """The same memory, calling itself writable, as OpenVINO demands of what it is to share. Where
+    it is not a write ends the process; OpenVINO maps files of its own in the same way."""
+    return np.asarray(_Writable(values))
+
+
+class _Writable:
+    """What numpy takes for an array, and holds as long as the array lives."""
+
+    def __init__(self, values: Array) -> None:
+        self._values = values
+        place = values.__array_interface__
+        self.__array_interface__ = {**place, "data": (place["data"][0], False)}

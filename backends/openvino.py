@@ -12,8 +12,8 @@ from __future__ import annotations
 import io
 import logging
 import sys
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import cached_property, partial
 from threading import Lock
 from typing import Any, BinaryIO
@@ -28,7 +28,7 @@ from .base import GraphBackend, Run, agree, first_line
 from .cache import Key, Store, open_store
 from .mapping import Mapped
 from .openvino_rewrites import Rewrites
-from .openvino_weights import widen
+from .openvino_weights import remap, widen
 
 log = logging.getLogger("sdengine.backends")
 
@@ -119,27 +119,28 @@ class OpenVINO(GraphBackend):
         if kept is not None:
             return kept
 
-        def build() -> tuple[Any, Mapped | None]:
+        def build() -> tuple[Any, list[Mapped]]:
             model = core.read_model(graph.path)
             agree(component, graph, *(_names(ports) for ports in (model.inputs, model.outputs)))
             model.reshape({t.name: _partial(t.shape, profile.dims) for t in graph.inputs})
+            here = device == devices.CPU
+            whole = remap(model, component.weights) if here and int8 else None
             rewrites.apply(core, model)
-            widened = None
-            if device == devices.CPU and store is not None:
-                widened = widen(model, component.weights, store.root)
-            with _passing(widened):
-                return core.compile_model(model, device, config), widened
+            wide = widen(model, component.weights, store.root) if here and store else None
+            sources = [mapped for mapped in (whole, wide) if mapped is not None]
+            with _passing(sources):
+                return core.compile_model(model, device, config), sources
 
         with BUILDING:
-            compiled, widened = build()
+            compiled, sources = build()
             if store is None:
-                return OpenVINOGraph(graph, compiled, widened)
-            with _passing(widened):
+                return OpenVINOGraph(graph, compiled, sources)
+            with _passing(sources):
                 path = store.keep(what, made, partial(_export, compiled))
             if path is None or path.stat().st_size < LARGE:
-                return OpenVINOGraph(graph, compiled, widened)
+                return OpenVINOGraph(graph, compiled, sources)
             # What was compiled holds all weights once more in float32; what is read back does not.
-            compiled = widened = None
+            del compiled, sources
         again = self._from_store(store, what, made, graph, device, config)
         return OpenVINOGraph(graph, *build()) if again is None else again
 
@@ -166,19 +167,20 @@ class OpenVINO(GraphBackend):
             with blob.passing() as data:
                 tensor = library().Tensor(data, shared_memory=True)
                 compiled = self._core.import_model(tensor, device, config)
-            return OpenVINOGraph(graph, compiled, blob)
+            return OpenVINOGraph(graph, compiled, [blob])
         except Exception as error:
             store.discard(what, made, f"OpenVINO refuses it: {first_line(error)}")
             return None
 
 
 class OpenVINOGraph:
-    """One compiled graph. `blob` is what it, or its weights, was read from, and must outlive it."""
+    """One compiled graph. `sources` are what it, or its weights, were read from, and must outlive
+    it."""
 
-    def __init__(self, graph: Graph, compiled: Any, blob: Mapped | None) -> None:
+    def __init__(self, graph: Graph, compiled: Any, sources: Sequence[Mapped]) -> None:
         self._graph = graph
         self._compiled = compiled
-        self._blob = blob
+        self._sources = sources
 
     def open(self, held: Mapping[str, Array]) -> Run:
         """All inputs, held ones too, are copied into the request's own memory. Shared memory would
@@ -219,11 +221,15 @@ class OpenVINOGraph:
 
     def close(self) -> None:
         self._compiled = None
-        self._blob = None
+        self._sources = ()
 
 
-def _passing(mapped: Mapped | None) -> AbstractContextManager[Any]:
-    return nullcontext() if mapped is None else mapped.passing()
+@contextmanager
+def _passing(sources: Sequence[Mapped]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for mapped in sources:
+            stack.enter_context(mapped.passing())
+        yield
 
 
 def _export(compiled: Any, file: BinaryIO) -> None:

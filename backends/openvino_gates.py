@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..engine.ports import Floats
+from .mapping import writable
 from .openvino_nodes import Rounded, constant, floats, only_user, rounded
 
 RECIPE = "gates of int8 layers as two layers: 1"
@@ -24,7 +25,8 @@ def halve_gates(model: Any) -> int:
 
     returns     how many were rewritten
     """
-    from openvino import opset13 as ops  # type: ignore[import-untyped]
+    from openvino import op  # type: ignore[import-untyped]
+    from openvino import opset13 as ops
 
     done = 0
     for node in model.get_ordered_ops():
@@ -33,7 +35,8 @@ def halve_gates(model: Any) -> int:
         value, weight, bias = found
         parts = (np.split(a, 2) for a in (weight.whole, weight.scale, bias))
         for output, whole, scale, moved in zip(node.outputs(), *parts, strict=True):
-            half = ops.multiply(ops.convert(ops.constant(whole), "f32"), scale)
+            rows = op.Constant(writable(whole), shared_memory=True)  # of the file, not copied
+            half = ops.multiply(ops.convert(rows, "f32"), scale)
             made = ops.add(ops.matmul(value, half, False, True), moved)
             for target in output.get_target_inputs():
                 target.replace_source_output(made.output(0))

@@ -1,10 +1,12 @@
-"""The weights of a large network, widened on disk while it is compiled, instead of in memory.
+"""The weights of a large network, over files whose pages are given back while it is compiled.
 
 OpenVINO widens weights that are stored in half precision to float32 before it packs them for its
 kernels, and holds both until the network is closed: 3.5 GB for a UNet of 866 M parameters, beside
 3.5 GB of packed weights in float32 or 1.7 GB in bfloat16. We widen them ourselves into a file that
 has no name any more, and hand out constants over a mapping of it, whose pages are given back while
-they are packed (`mapping.Mapped`).
+they are packed (`mapping.Mapped`). Those in int8 are read as they are, and get a mapping of ours of
+the very file: OpenVINO's own cannot be given back, as it lets go of it when it likes, and what then
+has the addresses would be emptied.
 
 checked by  tests/unit/test_openvino_weights.py
 """
@@ -21,13 +23,15 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from ..engine.weights import each_tensor, read_header
+from ..engine.ports import Array
+from ..engine.weights import Stored, each_tensor, read_header
 from .mapping import Mapped
 
 log = logging.getLogger("sdengine.backends")
 
 LARGE = 256 << 20  # bytes as stored: below it, memory is not the question
 ALIGNED = 64  # bytes
+INT8 = "/int8"  # behind the tensor's name: what graphs call a weight in int8
 SPARE = 1.5  # of what is written: other files grow meanwhile
 
 
@@ -69,6 +73,41 @@ def widen(model: Any, weights: Path, folder: Path, large: int = LARGE) -> Mapped
     return mapped
 
 
+def remap(model: Any, weights: Path, large: int = LARGE) -> Mapped | None:
+    """Put constants over a mapping of ours in the place of an openvino.Model's in int8.
+
+    weights     the safetensors file whose tensors the constants of the model are
+    large       bytes of them from which on it is done
+    returns     as `widen`
+    """
+    if not hasattr(mmap, "MADV_DONTNEED"):
+        return None
+    found = _whole(model, read_header(weights))
+    if sum(stored.nbytes for _, stored in found) < large:
+        return None
+    try:
+        mapped = Mapped(weights)
+    except OSError as error:
+        log.info("weights in int8 stay in memory while they are packed: %s", error)
+        return None
+    for node, stored in found:
+        end = stored.offset + stored.nbytes
+        _stand_in(node, mapped.data[stored.offset : end].view(np.int8))
+    return mapped
+
+
+def _whole(model: Any, stored: Mapping[str, Stored]) -> list[tuple[Any, Stored]]:
+    """The constants in int8, and where each lies in the file."""
+    names = {name + INT8: tensor for name, tensor in stored.items() if tensor.dtype == "I8"}
+    found = []
+    for node in model.get_ordered_ops():
+        tensor = names.get(node.get_friendly_name())
+        if tensor is not None and node.get_type_name() == "Constant":
+            if tensor.shape == tuple(node.get_output_shape(0)):
+                found.append((node, tensor))
+    return found
+
+
 def _widened(model: Any, weights: Path) -> dict[str, Any]:
     """tensor of the file -> the node that widens it from half precision to float32."""
     stored = read_header(weights)
@@ -96,12 +135,16 @@ def _write(file: IO[bytes], weights: Path, names: Mapping[str, Any]) -> dict[str
 
 
 def _replace(nodes: Mapping[str, Any], places: Mapping[str, _Place], mapped: Mapped) -> None:
-    from openvino import op  # type: ignore[import-untyped]
-
     for name, node in nodes.items():
         offset, numbers = places[name]
-        values = mapped.data[offset : offset + 4 * numbers].view(np.float32)
-        made = op.Constant(values.reshape(list(node.get_output_shape(0))), shared_memory=True)
-        made.set_friendly_name(node.get_friendly_name())
-        for target in node.output(0).get_target_inputs():
-            target.replace_source_output(made.output(0))
+        _stand_in(node, mapped.data[offset : offset + 4 * numbers].view(np.float32))
+
+
+def _stand_in(node: Any, values: Array) -> None:
+    """Put a constant over these numbers in the node's place."""
+    from openvino import op  # type: ignore[import-untyped]
+
+    made = op.Constant(values.reshape(list(node.get_output_shape(0))), shared_memory=True)
+    made.set_friendly_name(node.get_friendly_name())
+    for target in node.output(0).get_target_inputs():
+        target.replace_source_output(made.output(0))

@@ -13,6 +13,7 @@ from sdengine import api
 from sdengine.backends.cache import Store
 from sdengine.backends.onnxruntime import OnnxRuntime
 from sdengine.backends.openvino import OpenVINO
+from sdengine.backends.openvino_weights import remap
 from sdengine.engine.bundle import open_bundle
 from sdengine.engine.errors import BadManifest, ParityFailure, RequestError
 from sdengine.engine.spec import Profile
@@ -136,6 +137,28 @@ def test_a_map_is_convolved_before_it_is_enlarged(name, tmp_path, rng):
         run = OpenVINO(Store(limit=0)).compile(twin, twin.graphs["full"], Profile(dims, "int8", 1))
         seen = next(iter(run.open({})(given).values()))
         assert np.square(seen - floats).mean() < 2 * lost[0]
+
+
+@pytest.mark.parametrize("limit", [0, None], ids=["not kept", "kept"])
+def test_weights_over_our_mapping_give_the_same_bit_for_bit(
+    limit, quantised, rng, tmp_path, monkeypatch
+):
+    """As those of large networks are read; here of a small one."""
+    twin = quantised[0].components["unet"].at("int8")
+    profile, values = Profile({"B": 2, "h": 16, "w": 16}, "int8"), feeds(rng)
+    plain = OpenVINO(Store(tmp_path / "a", limit=0)).load(twin, profile)(values)
+    done = []
+
+    def always(model, weights):
+        done.append(remap(model, weights, large=1))
+        return done[-1]
+
+    monkeypatch.setattr("sdengine.backends.openvino.remap", always)
+    ours = OpenVINO(Store(tmp_path / "b", limit=limit)).load(twin, profile)(values)
+    assert done
+    assert None not in done
+    for name, result in plain.items():
+        np.testing.assert_array_equal(ours[name], result)
 
 
 def test_layers_do_run_in_int8(quantised):

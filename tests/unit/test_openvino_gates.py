@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import numpy as np
 import pytest
 
@@ -45,6 +47,10 @@ def kinds(model):
     return [node.get_type_name() for node in model.get_ordered_ops()]
 
 
+def is_whole(node):
+    return node.get_type_name() == "Constant" and node.data.dtype == np.int8
+
+
 def computed(model, x):
     run = library().Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return run({0: x})[0]
@@ -60,6 +66,28 @@ def test_two_layers_give_what_one_gave(ops, axis):
     kept = [n.get_data() for n in after.get_ordered_ops() if n.get_type_name() == "Constant"]
     assert [w.shape for w in kept if w.dtype == np.int8] == [(INNER, CHANNELS)] * 2
     assert np.abs(computed(before, x) - computed(after, x)).max() < 1e-5
+
+
+def test_halves_are_not_copied(ops):
+    model = gated(ops, np.random.default_rng(0))
+    (kept,) = (n for n in model.get_ordered_ops() if is_whole(n))
+    start = kept.data.ctypes.data
+    assert halve_gates(model) == 1
+    halves = [n for n in model.get_ordered_ops() if is_whole(n)]
+    wanted = [start, start + INNER * CHANNELS]
+    assert sorted(n.data.ctypes.data for n in halves) == wanted
+
+
+def test_halves_keep_what_they_lie_in(ops):
+    """The model that they are of, and what its weight was read from, may be gone."""
+    x = np.random.default_rng(1).standard_normal((TOKENS, CHANNELS), np.float32)
+    model = gated(ops, np.random.default_rng(0))
+    before = computed(model, x)
+    halve_gates(model)
+    gc.collect()
+    others = [np.full((2 * INNER, CHANNELS), 99, np.int8) for _ in range(1000)]
+    assert np.abs(before - computed(model, x)).max() < 1e-5
+    assert len(others) == 1000
 
 
 @pytest.mark.parametrize(
