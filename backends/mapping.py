@@ -21,7 +21,7 @@ import numpy as np
 
 from ..engine.ports import Array
 
-EVERY_S = 0.05  # at 2 GB/s of reading, 0.1 GB lie about in between
+EVERY_S = 0.02  # at 2 GB/s of reading, 0.04 GB lie about in between
 
 
 class Mapped:
