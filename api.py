@@ -273,8 +273,8 @@ class EngineSessions:
         """That of the backend, where it has one."""
         return getattr(self._backend, "denoiser", None)
 
-    def __call__(self, component: str, dims: Mapping[str, int]) -> Session:
-        key = self._key(component, dims)
+    def __call__(self, component: str, dims: Mapping[str, int], *, paired: bool = False) -> Session:
+        key = self._key(component, dims, paired)
         if key not in self._open:
             ahead = self._ahead.pop(key, None)
             self._make_room(component)
@@ -282,13 +282,20 @@ class EngineSessions:
         self._open.move_to_end(key)
         return self._open[key]
 
-    def expect(self, component: str, dims: Mapping[str, int], graph: str = "full") -> None:
+    def expect(
+        self,
+        component: str,
+        dims: Mapping[str, int],
+        graph: str = "full",
+        *,
+        paired: bool = False,
+    ) -> None:
         """Begin to load a network that will be asked for, and this graph of it, beside what runs.
 
         What goes wrong is raised where the network is asked for. One that an earlier run expected
         and never asked for, as it failed, makes room for this one, unless it is the same.
         """
-        key = self._key(component, dims)
+        key = self._key(component, dims, paired)
         if self._low_memory or key in self._open or key in self._ahead:
             return
         self._make_room(component)
@@ -303,7 +310,7 @@ class EngineSessions:
 
         Thread(target=work, name=f"sdengine-load-{component}", daemon=True).start()
 
-    def _key(self, component: str, dims: Mapping[str, int]) -> tuple[str, Profile]:
+    def _key(self, component: str, dims: Mapping[str, int], paired: bool) -> tuple[str, Profile]:
         if component not in self._bundle.components:
             raise MissingPart(
                 f"{self._bundle.path.name} has no component {component!r}",
@@ -311,7 +318,7 @@ class EngineSessions:
             )
         named = self._bundle.components[component].spec.dims
         dims = {name: size for name, size in dims.items() if name in named}
-        return component, replace(self._profile, dims=dims)
+        return component, replace(self._profile, dims=dims, paired=paired)
 
     def _load(self, key: tuple[str, Profile], graph: str | None = None) -> Session:
         component, profile = key

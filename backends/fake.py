@@ -72,7 +72,7 @@ class Fake(GraphBackend):
                 f"fake has no answers for {name!r}", hint=f"it has {', '.join(answers)}"
             )
         label = name if graph.name == "full" else f"{name}/{graph.name}"
-        return FakeNetwork(label, graph, answers[name], self.calls)
+        return FakeNetwork(label, graph, answers[name], self.calls, profile.paired)
 
     def _unet(self, feeds: Mapping[str, Array], graph: Graph) -> list[Array]:
         x = feeds["sample"][:, : _channels(graph)].astype(np.float64)
@@ -102,14 +102,17 @@ class FakeNetwork:
         graph: Graph,
         answer: Answer,
         calls: Counter[str],
+        paired: bool,
     ) -> None:
         self._name, self._graph, self._answer, self._calls = name, graph, answer, calls
+        self._paired = paired
 
     def open(self, held: Mapping[str, Array]) -> Run:
         fixed = dict(held)
 
         def run(feeds: Mapping[str, Array]) -> dict[str, Array]:
             self._calls[self._name] += 1
+            assert not self._paired or _in_pairs(feeds), "the profile says that rows are in pairs"
             results = self._answer(fixed | dict(feeds), self._graph)
             return {
                 t.name: np.array(value, dtype=t.dtype)
@@ -132,6 +135,11 @@ def picture(text: Array, shape: tuple[int, ...]) -> Array:
     y = np.linspace(-0.25, 0.25, height)[:, None]
     x = np.linspace(-0.125, 0.125, width)
     return np.asarray(0.6 * colour.astype(np.float64) + y + x)
+
+
+def _in_pairs(feeds: Mapping[str, Array]) -> bool:
+    halves = (np.split(feeds[name], 2) for name in ("sample", "timestep"))
+    return all(np.array_equal(one, other) for one, other in halves)
 
 
 def _widened(c: Array, batch: int, channels: int) -> Array:

@@ -98,7 +98,7 @@ class OpenVINO(GraphBackend):
             **devices.options(device, threads, profile),
         }
         int8, half = profile.precision == "int8", config["INFERENCE_PRECISION_HINT"] == "bf16"
-        rewrites = Rewrites(device == devices.CPU, int8, half)
+        rewrites = Rewrites(device == devices.CPU, int8, half, profile.paired)
         what = {
             "backend": self.name,
             "component": component.spec.name,
@@ -106,6 +106,7 @@ class OpenVINO(GraphBackend):
             "graph": graph.sha256,
             "shapes": ", ".join(f"{d}={n}" for d, n in profile.dims.items()),
             "precision": profile.precision,
+            **({"rows": "in pairs"} if profile.paired else {}),
         }
         made = {
             "OpenVINO": str(library().get_version()),

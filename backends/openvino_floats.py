@@ -15,6 +15,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from .openvino_pairs import is_double
+
 TIME = "timestep"  # the input that tells a step's network from the others
 WAYS = {"Add", "Concat", "Interpolate", "Multiply", "Sigmoid"}  # of pictures: rank 4
 RECIPE = "time, norms, sums, last convolution: 4"
@@ -65,14 +67,20 @@ def _shaped(node: Any) -> Any:
 
 def _kept(model: Any) -> Iterator[Any]:
     timed: set[str] = set()
+    kept: set[str] = set()
     for node in model.get_ordered_ops():
         if node.friendly_name == TIME:
             timed.add(TIME)
-        elif _from(node, timed):
+            continue
+        if _from(node, timed):
             timed.add(node.friendly_name)
-            yield node
-        elif _of_a_norm(node) or _on_the_way(node) or _last(node):
-            yield node
+        elif is_double(node):
+            if _sources(node)[0].friendly_name not in kept:
+                continue
+        elif not (_of_a_norm(node) or _on_the_way(node) or _last(node)):
+            continue
+        kept.add(node.friendly_name)
+        yield node
 
 
 def _from(node: Any, timed: set[str]) -> bool:

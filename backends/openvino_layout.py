@@ -18,8 +18,9 @@ import numpy as np
 
 from .openvino_norms import channels_last_norms
 
-ELEMENTWISE = {"Add", "Convert", "FakeQuantize", "Gelu", "Multiply", "Subtract"}
+ELEMENTWISE = {"Add", "Clamp", "Convert", "FakeQuantize", "Gelu", "Multiply", "Subtract"}
 WITHIN = {"MVN", "Split"}  # along the last axis; they join where tokens are a matrix already
+BEHIND = {"Concat"}  # rows behind rows, which join as those do
 RECIPE = "norms of channels last, of int8 tokens as matrices: 2"
 
 _Key = tuple[str, int]  # a value: its node's name, and which of its outputs
@@ -122,10 +123,13 @@ class _Ways:
 
     def by_token(self, node: Any, computed: set[str]) -> bool:
         kind, values = node.get_type_name(), node.input_values()
-        if kind not in ELEMENTWISE | WITHIN | {"MatMul"} or any(map(_free, _values(node))):
+        if kind not in ELEMENTWISE | WITHIN | BEHIND | {"MatMul"} or any(map(_free, _values(node))):
             return False
         if kind in WITHIN:
             return _key(values[0]) in self._matrices and _axes(values[1]) in ((-1,), (2,))
+        if kind in BEHIND:
+            rows = node.get_attributes()["axis"] in (0, -3)
+            return rows and all(_key(v) in self._matrices for v in values)
         if kind == "MatMul":
             left, right = (v.get_shape() for v in values)
             turned = node.get_attributes()["transpose_a"]

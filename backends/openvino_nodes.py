@@ -75,3 +75,16 @@ def biased(conv: Any) -> tuple[Any, Floats | None]:
     outputs, end = conv.input_value(1).get_shape()[0], only_user(conv)
     bias = floats(end.input_value(1)) if end and end.get_type_name() == "Add" else None
     return (conv, None) if bias is None or bias.shape != (1, outputs, 1, 1) else (end, bias)
+
+
+def state_shapes(model: Any) -> None:
+    """Numbers in the place of what asks an openvino.Model of fixed shapes for one: it would keep
+    what it asks alive, where that is rewritten."""
+    from openvino import opset13 as ops  # type: ignore[import-untyped]
+
+    for node in model.get_ordered_ops():
+        if node.get_type_name() == "ShapeOf" and node.input_value(0).get_partial_shape().is_static:
+            shape = list(node.input_value(0).get_shape())
+            stated = ops.constant(shape, node.get_element_type())
+            for target in node.output(0).get_target_inputs():
+                target.replace_source_output(stated.output(0))

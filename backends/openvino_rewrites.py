@@ -13,6 +13,7 @@ from . import openvino_floats as floats
 from . import openvino_gates as gates
 from . import openvino_layout as layout
 from . import openvino_padding as padding
+from . import openvino_pairs as pairs
 from . import openvino_upsampling as upsampling
 
 
@@ -23,16 +24,19 @@ class Rewrites:
     processor   it is compiled for the processor, whose plugin the rewrites are made for
     int8        its layers are in int8, those of them that are
     half        the others in bfloat16
+    paired      see Profile
     """
 
     processor: bool
     int8: bool
     half: bool
+    paired: bool = False
 
     def recipes(self) -> dict[str, str]:
         """Which versions of them made a compiled network; it is not taken for another's."""
         here, whole = self.processor, self.processor and self.int8
         made = {
+            "rows": here and self.paired and pairs.RECIPE,
             "in float32": self.half and floats.RECIPE,
             "layout": here and self.half and layout.RECIPE,
             "attention": here and attention.RECIPE,
@@ -46,6 +50,8 @@ class Rewrites:
         """Rewrite an openvino.Model of the shapes that it will be compiled for."""
         made: list[Any] = []
         if self.processor:
+            if self.paired:
+                pairs.compute_once(model)
             attention.split_queries(model)
             upsampling.convolve_before(model)
             if self.int8:

@@ -35,9 +35,9 @@ class Watch:
         pipe._sessions = watch
         return watch
 
-    def __call__(self, component: str, dims: Mapping[str, int]) -> Session:
+    def __call__(self, component: str, dims: Mapping[str, int], *, paired: bool = False) -> Session:
         start = perf_counter()
-        session = self._sessions(component, dims)
+        session = self._sessions(component, dims, paired=paired)
         shape = tuple(sorted(dims.items()))
         self._noted.append(Call(component, "open", shape, perf_counter() - start))
         return Watched(session, self._noted, component, shape)

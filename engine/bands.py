@@ -20,8 +20,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .errors import NumericsError
-from .guidance import Open
-from .ports import Array, Floats, Session
+from .ports import Array, Floats, Open, Session
 from .tiles import Axis, Window
 
 RIM = 2  # cells of a map, as far as a band looks beyond one; tiles begin at multiples of it

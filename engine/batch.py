@@ -9,10 +9,10 @@ from functools import partial
 import numpy as np
 
 from .errors import RequestError
-from .guidance import Conditions, Guidance, Open
+from .guidance import Conditions, Guidance
 from .loop import Predict, Settle
 from .memory import Plan
-from .ports import Array, Blend, Floats, Job, State, Step
+from .ports import Array, Blend, Floats, Job, Open, State, Step
 from .preview import predicted, preview
 from .request import Progress, Request
 from .state import Saved, needs_features

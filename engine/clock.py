@@ -29,16 +29,16 @@ class Metered:
     def __init__(self, sessions: Sessions, timings: Timings) -> None:
         self._sessions, self._timings = sessions, timings
 
-    def __call__(self, component: str, dims: Mapping[str, int]) -> Session:
+    def __call__(self, component: str, dims: Mapping[str, int], *, paired: bool = False) -> Session:
         with stage(self._timings, "load"):
-            session = self._sessions(component, dims)
+            session = self._sessions(component, dims, paired=paired)
         return _MeteredSession(session, self._timings)
 
-    def expect(self, component: str, dims: Mapping[str, int], graph: str) -> None:
+    def expect(self, component: str, dims: Mapping[str, int], graph: str, *, paired: bool) -> None:
         """Passed on to sessions that can load beside what runs; waiting for it is `load`."""
         expect = getattr(self._sessions, "expect", None)
         if expect is not None:
-            expect(component, dims, graph)
+            expect(component, dims, graph, paired=paired)
 
     @property
     def denoiser(self) -> Denoiser | None:

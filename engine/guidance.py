@@ -8,18 +8,17 @@ source      Ho & Salimans 2022, arXiv:2207.12598; Ma et al. 2023 (DeepCache), ar
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, cast
 
 import numpy as np
 
 from .errors import NumericsError
-from .ports import Array, Half, Session, State
+from .ports import Array, Half, Open, Session, State
 from .table import Row, Table
 from .tiles import WHOLE, Window
 
-Open = Callable[[str, Mapping[str, int]], Session]
 Halves = Literal["together", "apart"]
 Corner = tuple[int, int]  # of a window of the latent: top, left
 OUT = "out_sample"
@@ -49,7 +48,7 @@ class Cached(NamedTuple):
 class Guidance:
     """`predict` for the loop: u + s (c - u), for one batch of pictures.
 
-    open_session  (component, dims) -> Session
+    open_session  where the UNet comes from
     uncond        float [B, T, W] text of the unconditional half; None where no row is guided
     cond          float [B, T, W]
     halves        "together": one call of 2B, [unconditional, conditional]; "apart": two calls of
@@ -203,7 +202,8 @@ class Guidance:
                 text = self._text(half)
                 held = {"encoder_hidden_states": text, **self._labels(half)}
                 dims = {"B": len(text), "T": text.shape[1], "h": h, "w": w}
-                self._bound[half] = self._open("unet", dims).bind(held)
+                session = self._open("unet", dims, paired=half == "both")
+                self._bound[half] = session.bind(held)
             self._graphs[half, graph] = self._bound[half].graph(graph)
         return self._graphs[half, graph]
 

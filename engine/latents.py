@@ -10,8 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from . import bands
-from .guidance import Open
-from .ports import Array, Floats
+from .ports import Array, Floats, Open
 from .tiles import Grid, Mosaic
 
 CLIP = (-30.0, 20.0)  # of the log-variance: reference-spec 1.9, beyond it exp() means nothing

@@ -301,7 +301,7 @@ class Pipeline:
             both = first.guidance != 1.0 and request.halves == "together"
             tokens = len(plans[0]) * self.facts.tokenizer.length
             dims = {"B": 2 * size if both else size, "T": tokens, "h": h, "w": w}
-            sessions.expect("unet", dims, first.graph)
+            sessions.expect("unet", dims, first.graph, paired=both)
         return self._texts.encode(sessions, plans)
 
 

@@ -98,10 +98,16 @@ class Backend(Protocol):
         ...
 
 
-class Sessions(Protocol):
-    """Where a pipeline gets its networks: compiled for the asked shapes, kept for the next call."""
+class Open(Protocol):
+    """Where a network comes from. paired: see Profile."""
 
-    def __call__(self, component: str, dims: Mapping[str, int]) -> Session: ...
+    def __call__(
+        self, component: str, dims: Mapping[str, int], *, paired: bool = False
+    ) -> Session: ...
+
+
+class Sessions(Open, Protocol):
+    """Where a pipeline gets its networks: compiled for the asked shapes, kept for the next call."""
 
     def close(self) -> None: ...
 

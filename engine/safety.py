@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageFilter
 
-from .guidance import Open
-from .ports import Floats
+from .ports import Floats, Open
 
 COMPONENT = "safety"
 NONE = "no classifier in the bundle"

@@ -17,9 +17,9 @@ from .bundle import Bundle, ModelFacts
 from .canvas import Canvas
 from .errors import RequestError
 from .given import Given
-from .guidance import Open
 from .inputs import PlacedMask, open_mask, open_picture, place, place_mask
 from .levels import Schedule, Training
+from .ports import Open
 from .request import MAX_SIDE, Request
 from .solvers import custom
 from .table import Table

@@ -183,6 +183,8 @@ class Profile:
     hyper_threads   threads may share a core
     fast_only   of a processor with two kinds of cores, the fast ones alone; None: it has one kind
     device      what a backend with several devices runs on: "CPU", "GPU.1"; None: its own default
+    paired      the second half of the rows of `sample` and `timestep` repeats the first, as
+                guidance has it: a backend may compute what depends on nothing else once
     """
 
     dims: Mapping[str, int] = field(default_factory=dict)
@@ -192,6 +194,7 @@ class Profile:
     hyper_threads: bool = False
     fast_only: bool | None = None
     device: str | None = None
+    paired: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dims", MappingProxyType(dict(sorted(self.dims.items()))))

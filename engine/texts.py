@@ -12,8 +12,7 @@ import numpy as np
 from . import textplan
 from .bundle import Bundle
 from .errors import RequestError
-from .guidance import Open
-from .ports import Array, Floats
+from .ports import Array, Floats, Open
 from .request import Request
 from .textplan import Plan
 from .tokenizer import Tokenizer

@@ -101,8 +101,8 @@ class _Sessions:
         self._calls = calls
         self._open: dict[tuple[str, Profile], Session] = {}
 
-    def __call__(self, component: str, dims: Mapping[str, int]) -> Session:
-        profile = Profile(dims, self._precision)
+    def __call__(self, component: str, dims: Mapping[str, int], *, paired: bool = False) -> Session:
+        profile = Profile(dims, self._precision, paired=paired)
         key = component, profile
         if key not in self._open:
             self._open[key] = self._backend.load(self._bundle.component(component), profile)

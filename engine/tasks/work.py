@@ -11,10 +11,9 @@ from .. import latents
 from ..bundle import ModelFacts
 from ..canvas import Canvas
 from ..given import Given
-from ..guidance import Open
 from ..inputs import Placed, PlacedMask
 from ..noise import NoiseStream
-from ..ports import Array, Floats
+from ..ports import Array, Floats, Open
 from ..request import Request
 from ..table import Table
 

@@ -97,7 +97,7 @@ def run_reference(case, run, arrays, network, dtype):
     table = solvers.make(sampler, levels, case["prediction"], **kwargs).guided(run["guidance"])
     noise = iter(arrays.get(f"in.{name}.noise", ()))
     text = [arrays[k].astype(dtype) for k in ("in.uncond", "in.cond")]
-    predict = Guidance(lambda _, __: network, *text)
+    predict = Guidance(lambda *_, **__: network, *text)
     x = arrays["in.x_T"].astype(dtype)
     steps = denoise(table, predict, x, lambda: next(noise).astype(dtype))
     return table, [step.x for step in steps]

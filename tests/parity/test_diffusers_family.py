@@ -135,7 +135,7 @@ class Networks:
             **more,
         }
 
-    def __call__(self, component, dims):
+    def __call__(self, component, dims, *, paired=False):
         return Session(component, self.answers[component])
 
     def close(self):

@@ -86,7 +86,9 @@ def test_the_second_load_comes_from_the_cache(unet, store, feeds, monkeypatch, c
 
 
 @pytest.mark.parametrize(
-    "profile", [Profile({"B": 1}), Profile(DIMS, "bf16"), Profile()], ids=lambda p: p.label()
+    "profile",
+    [Profile({"B": 1}), Profile(DIMS, "bf16"), Profile(), Profile(DIMS, paired=True)],
+    ids=["batch", "bf16", "free", "in pairs"],
 )
 def test_another_profile_is_another_entry(profile, unet, store):
     backend = OpenVINO(store)

@@ -155,7 +155,7 @@ class Case:
         opened = HostSession(self.joined, nan_below=self.nan_below)
         conditions = Conditions(self.channels)
         return Guidance(
-            lambda *_: opened, self.uncond, self.cond, conditions, halves=self.halves
+            lambda *_, **__: opened, self.uncond, self.cond, conditions, halves=self.halves
         )  # fmt: skip
 
     def noise(self):

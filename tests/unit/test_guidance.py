@@ -56,8 +56,9 @@ def made(log, rng):
     opened = []
 
     def make(**options):
-        def open_session(component, dims):
+        def open_session(component, dims, *, paired=False):
             opened.append((component, dims["B"]))
+            assert paired == (dims["B"] == 2 * B), "both halves in one call"
             return Line(log)
 
         return Guidance(open_session, *texts, **options)

@@ -93,9 +93,9 @@ def test_a_second_run_of_a_pipeline_opens_no_text_encoder():
     opened = []
 
     class Noted(api.EngineSessions):
-        def __call__(self, component, dims):
+        def __call__(self, component, dims, **how):
             opened.append(component)
-            return super().__call__(component, dims)
+            return super().__call__(component, dims, **how)
 
     with Pipeline(bundle, Noted(bundle, Fake(prediction="v"), "f32", None), {}) as pipe:
         one, two = (pipe(prompt="a fox", steps=1, seed=1) for _ in range(2))

@@ -95,7 +95,7 @@ class Pointwise:
     def __init__(self):
         self.opened, self.bound = [], 0
 
-    def open(self, component, dims):
+    def open(self, component, dims, *, paired=False):
         self.opened.append((component, dict(dims)))
         return self
 
