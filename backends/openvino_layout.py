@@ -21,7 +21,7 @@ from .openvino_norms import channels_last_norms
 ELEMENTWISE = {"Add", "Clamp", "Convert", "FakeQuantize", "Gelu", "Multiply", "Subtract"}
 WITHIN = {"MVN", "Split"}  # along the last axis; they join where tokens are a matrix already
 BEHIND = {"Concat"}  # rows behind rows, which join as those do
-RECIPE = "norms of channels last, of int8 tokens as matrices: 2"
+RECIPE = "norms of channels last, of int8 tokens as matrices: 3"
 
 _Key = tuple[str, int]  # a value: its node's name, and which of its outputs
 

@@ -86,8 +86,9 @@ def _norm(value: Any, groups: int, epsilon: float) -> list[Any]:
     def grouped(node: Any) -> Any:
         return add(ops.reduce_mean(shaped(node, batch, groups, members), np.array([2]), True))
 
-    def spread(node: Any) -> Any:
-        alike = np.ones((1, 1, members), np.float32)
+    def spread(node: Any, factor: float) -> Any:
+        # One constant: two products with one each become another product, which is not marked.
+        alike = np.full((1, 1, members), factor, np.float32)
         return shaped(add(ops.multiply(node, alike)), batch, channels, 1, 1)
 
     mean = grouped(add(ops.reduce_mean(value, CELLS, True)))
@@ -97,6 +98,6 @@ def _norm(value: Any, groups: int, epsilon: float) -> list[Any]:
     variance = add(ops.subtract(square, add(ops.multiply(mean, mean))))
     variance = add(ops.maximum(variance, np.float32(0)))
     inverse = add(ops.power(add(ops.add(variance, np.float32(epsilon))), np.float32(-0.5)))
-    shift = add(ops.multiply(add(ops.multiply(mean, inverse)), np.float32(-1)))
-    add(ops.add(add(ops.multiply(value, spread(inverse))), spread(shift)))
+    shift = add(ops.multiply(mean, inverse))
+    add(ops.add(add(ops.multiply(value, spread(inverse, 1))), spread(shift, -1)))
     return made

@@ -203,3 +203,21 @@ def test_of_the_embedded_model(monkeypatch, tokens):
     assert all(n in groups for _, n, _ in lying) == tokens
     lost = [np.mean((made - exact) ** 2) for made in (now, plain)]
     assert lost[0] < (1.3 if tokens else 1) * lost[1], lost
+
+
+def test_nothing_of_a_norm_is_rounded_to_bfloat16():
+    """Not the way from sums of groups, [B, 32, ...], to what channels are scaled and moved by."""
+    unet = open_bundle(api.find_model("emoji")).components["unet"]
+    backend = OpenVINO(Store(limit=0))
+    if "bf16" not in backend.probe().precisions:
+        pytest.skip("this processor has no bfloat16")
+    network = backend.compile(unet, unet.graphs["full"], Profile(DIMS, "bf16", 1))
+    nodes = network._compiled.get_runtime_model().get_ordered_ops()
+    shapes = [list(n.get_output_shape(0)) if n.get_output_size() else [] for n in nodes]
+    kept = [
+        node.get_rt_info()["outputPrecisions"].astype(str)
+        for node, shape in zip(nodes, shapes, strict=True)
+        if len(shape) == 3 and shape[1] == 32
+    ]
+    assert len(kept) > 100
+    assert set(kept) == {"f32"}
