@@ -27,6 +27,7 @@ from . import devices, machine
 from .base import GraphBackend, Run, agree, first_line
 from .cache import Key, Store, open_store
 from .mapping import Mapped
+from .openvino_pairs import COMMON
 from .openvino_rewrites import Rewrites
 from .openvino_weights import remap, widen
 
@@ -98,7 +99,10 @@ class OpenVINO(GraphBackend):
             **devices.options(device, threads, profile),
         }
         int8, half = profile.precision == "int8", config["INFERENCE_PRECISION_HINT"] == "bf16"
-        rewrites = Rewrites(device == devices.CPU, int8, half, profile.paired)
+        here = device == devices.CPU
+        # A prologue has nothing in common: guided or not, it is one network.
+        paired = profile.paired and here and any(t.name in COMMON for t in graph.inputs)
+        rewrites = Rewrites(here, int8, half, paired)
         what = {
             "backend": self.name,
             "component": component.spec.name,
@@ -106,7 +110,7 @@ class OpenVINO(GraphBackend):
             "graph": graph.sha256,
             "shapes": ", ".join(f"{d}={n}" for d, n in profile.dims.items()),
             "precision": profile.precision,
-            **({"rows": "in pairs"} if profile.paired else {}),
+            **({"rows": "in pairs"} if paired else {}),
         }
         made = {
             "OpenVINO": str(library().get_version()),
@@ -124,10 +128,11 @@ class OpenVINO(GraphBackend):
             model = core.read_model(graph.path)
             agree(component, graph, *(_names(ports) for ports in (model.inputs, model.outputs)))
             model.reshape({t.name: _partial(t.shape, profile.dims) for t in graph.inputs})
-            here = device == devices.CPU
             whole = remap(model, component.weights) if here and int8 else None
             rewrites.apply(core, model)
-            wide = widen(model, component.weights, store.root) if here and store else None
+            wide = None
+            if here and store is not None:
+                wide = widen(model, component.weights, store.root)
             sources = [mapped for mapped in (whole, wide) if mapped is not None]
             with _passing(sources):
                 return core.compile_model(model, device, config), sources

@@ -79,7 +79,7 @@ def _for_half(model: Any) -> Any | None:
     from openvino import PartialShape
 
     shapes = [port.get_partial_shape() for port in model.inputs]
-    if any(shape.is_dynamic or shape[0].get_length() % 2 for shape in shapes):
+    if any(s.is_dynamic or len(s) == 0 or s[0].get_length() % 2 for s in shapes):
         return None
     half = model.clone()
     rows = {port.any_name: list(port.get_shape()) for port in half.inputs}

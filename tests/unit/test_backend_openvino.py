@@ -87,8 +87,8 @@ def test_the_second_load_comes_from_the_cache(unet, store, feeds, monkeypatch, c
 
 @pytest.mark.parametrize(
     "profile",
-    [Profile({"B": 1}), Profile(DIMS, "bf16"), Profile(), Profile(DIMS, paired=True)],
-    ids=["batch", "bf16", "free", "in pairs"],
+    [Profile({"B": 1}), Profile(DIMS, "bf16"), Profile()],
+    ids=lambda p: p.label(),
 )
 def test_another_profile_is_another_entry(profile, unet, store):
     backend = OpenVINO(store)
@@ -97,6 +97,17 @@ def test_another_profile_is_another_entry(profile, unet, store):
     backend.load(unet, Profile(DIMS))
     backend.load(unet, profile)
     assert len(store.entries()) == 4
+
+
+def test_rows_in_pairs_are_another_entry_of_what_they_change(unet, store):
+    """Of the step, not of the prologue, which is given nothing that they have in common."""
+    backend = OpenVINO(store)
+    backend.load(unet, Profile(DIMS))
+    graphs = [entry.what["graph"] for entry in store.entries()]
+    backend.load(unet, Profile(DIMS, paired=True))
+    (added,) = (entry for entry in store.entries() if "rows" in entry.what)
+    assert len(store.entries()) == len(graphs) + 1
+    assert added.what["graph"] == unet.graphs["full"].sha256
 
 
 def test_other_weights_are_another_entry(handmade, store, feeds, tmp_path):

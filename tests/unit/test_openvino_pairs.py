@@ -151,6 +151,14 @@ def test_what_is_left(why, end, how, ops):
     assert [n.get_type_name() for n in model.get_ordered_ops()] == before
 
 
+def test_an_input_without_rows(ops):
+    x, level = ops.parameter([2, 6], np.float32), ops.parameter([], np.float32)
+    for node, name in ((x, "sample"), (level, "level")):
+        node.output(0).set_names({name})
+    model = library().Model([ops.result(ops.multiply(x, level))], [x, level], "toy")
+    assert compute_once(model) == 0
+
+
 def test_nothing_in_common(ops):
     model = toy(ops, ops.add)
     for port in model.inputs:
