@@ -153,13 +153,19 @@ def executed(request: Any) -> list[Node]:
     ]
 
 
-def feeds_of(graph: Graph, dims: Mapping[str, int]) -> dict[str, Array]:
-    """Noise of deviation 1 for every input: time does not depend on what is computed."""
+def feeds_of(graph: Graph, dims: Mapping[str, int], paired: bool = False) -> dict[str, Array]:
+    """Noise of deviation 1 for every input: time does not depend on what is computed.
+
+    paired      rows are twice the same, as those of a guided step (Profile.paired)
+    """
     rng = np.random.default_rng(0)
-    return {
-        t.name: np.ascontiguousarray(rng.standard_normal(t.resolve(dims)).astype(np.float32))
-        for t in graph.inputs
-    }
+    feeds = {}
+    for spec in graph.inputs:
+        noise = rng.standard_normal(spec.resolve(dims)).astype(np.float32)
+        if paired:
+            noise[len(noise) // 2 :] = noise[: len(noise) // 2]
+        feeds[spec.name] = noise
+    return feeds
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -167,7 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("model")
     parser.add_argument("--precision", default="int8", choices=("f32", "bf16", "int8"))
     parser.add_argument("--size", default="512x512", help="HEIGHTxWIDTH of the picture")
-    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=2, help="even: the rows of a guided step")
     parser.add_argument("--calls", type=int, default=CALLS)
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--out", type=Path, default=None, help="JSON, every node in it")
@@ -180,9 +186,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     whole = bundle.component("unet")
     component = whole.at(precision)
     graph = component.graphs["full"]
-    compiled = _Counted(Store(limit=0)).compile(component, graph, Profile(dims, precision, threads))
+    paired = args.batch % 2 == 0
+    profile = Profile(dims, precision, threads, paired=paired)
+    compiled = _Counted(Store(limit=0)).compile(component, graph, profile)
     request = compiled._compiled.create_infer_request()
-    feeds = feeds_of(graph, dims)
+    feeds = feeds_of(graph, dims, paired)
 
     def run() -> list[Node]:
         request.infer(feeds)
@@ -204,6 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "model": bundle.id,
             "precision": precision,
             "dims": dims,
+            "paired": paired,
             "call_s": call,
             "flop": flop,
             "rates": [rate.to_dict() for rate in rates],

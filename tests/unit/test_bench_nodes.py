@@ -6,8 +6,10 @@ import json
 
 import pytest
 
+from sdengine import api
 from sdengine.bench import nodes
 from sdengine.bench.nodes import Node
+from sdengine.engine.bundle import open_bundle
 
 
 def test_nodes_are_summed_by_kind_and_precision():
@@ -39,6 +41,15 @@ def test_a_first_call_does_not_count_and_the_middle_does():
     assert found == [Node("a", "MVN", "f32", 2.0)]
 
 
+@pytest.mark.parametrize("paired", [True, False])
+def test_rows_of_a_guided_step_are_twice_the_same(paired):
+    graph = open_bundle(api.EMBEDDED["emoji"]).components["unet"].graphs["full"]
+    feeds = nodes.feeds_of(graph, {"B": 4, "T": 77, "h": 8, "w": 8}, paired)
+    assert [len(feed) for feed in feeds.values()] == [4] * len(graph.inputs)
+    assert all((feed[:2] == feed[2:]).all() == paired for feed in feeds.values())
+    assert not any((feed[0] == feed[1]).all() for feed in feeds.values())
+
+
 @pytest.mark.ov
 def test_the_embedded_network(tmp_path, capsys):
     pytest.importorskip("openvino")
@@ -47,6 +58,7 @@ def test_the_embedded_network(tmp_path, capsys):
     options = ["--precision", "f32", "--size", "128x128", "--threads", "1", "--calls", "2"]
     assert nodes.main(["emoji", *options, "--out", str(out)]) == 0
     content = json.loads(out.read_text())
+    assert content["paired"]
     kinds = {s["kind"]: s for s in content["sums"]}
     # one for each convolution and linear layer of the graph, whatever the engine fuses into it
     assert kinds["convolutions"]["nodes"] > 50
