@@ -4,7 +4,9 @@ Left to itself OpenVINO multiplies the time by the embedding's frequencies in bf
 1000 and the angle of the fast waves is off by radians. It also rounds before and after every norm,
 and what goes from block to block. Guidance makes these errors up to ten times larger. Here the way
 of the time, the norms, the sums between blocks and the last convolution are marked as its own
-passes mark what they keep; convolutions, linear layers and attention stay as fast as they are.
+passes mark what they keep; other convolutions, linear layers and attention stay as fast as they
+are. Where nothing is in int8, so are the convolutions that cost least for what they round: that
+which reads the picture, and those of single cells, which skips go through.
 docs/numerics.md has the figures.
 
 checked by  tests/unit/test_openvino_floats.py
@@ -19,7 +21,7 @@ from .openvino_pairs import is_double
 
 TIME = "timestep"  # the input that tells a step's network from the others
 WAYS = {"Add", "Concat", "Interpolate", "Multiply", "Sigmoid"}  # of pictures: rank 4
-RECIPE = "time, norms, sums, last convolution: 4"
+RECIPE = "time, norms, sums, last convolution; without int8 first and skips: 5"
 # OpenVINO's attribute has no constructor in Python: it is read from a graph that has it.
 _MARKED = """<?xml version="1.0"?><net name="mark" version="11"><layers>
 <layer id="0" name="x" type="Parameter" version="opset1"><data shape="1" element_type="f32"/>
@@ -35,17 +37,20 @@ def of_a_step(model: Any) -> bool:
     return any(TIME in port.names for port in model.inputs)
 
 
-def keep_float32(core: Any, model: Any, also: Iterable[Any] = ()) -> int:
+def keep_float32(
+    core: Any, model: Any, also: Iterable[Any] = (), *, convolutions: bool = False
+) -> int:
     """Mark the nodes of an openvino.Model; returns how many.
 
-    model       any; one without a timestep is left as it is
-    also        nodes of it that are marked too
+    model           any; one without a timestep is left as it is
+    also            nodes of it that are marked too
+    convolutions    more of them than the last: beside layers in int8 they change too little
     """
     if not of_a_step(model):
         return 0
     marked = core.read_model(_MARKED.encode(), b"").get_parameters()[0].get_rt_info()
     attributes = list(marked.items())
-    nodes = [*also, *(_shaped(node) for node in list(_kept(model)))]
+    nodes = [*also, *(_shaped(node) for node in list(_kept(model, convolutions)))]
     for node in nodes:
         for key, value in attributes:
             node.set_rt_info(value, key)
@@ -65,7 +70,8 @@ def _shaped(node: Any) -> Any:
     return made
 
 
-def _kept(model: Any) -> Iterator[Any]:
+def _kept(model: Any, convolutions: bool) -> Iterator[Any]:
+    cheap = _cheap(model) if convolutions else set()
     timed: set[str] = set()
     kept: set[str] = set()
     for node in model.get_ordered_ops():
@@ -77,7 +83,9 @@ def _kept(model: Any) -> Iterator[Any]:
         elif is_double(node):
             if _sources(node)[0].friendly_name not in kept:
                 continue
-        elif not (_of_a_norm(node) or _on_the_way(node) or _last(node)):
+        elif not (
+            _of_a_norm(node) or _on_the_way(node) or _last(node) or node.friendly_name in cheap
+        ):
             continue
         kept.add(node.friendly_name)
         yield node
@@ -133,6 +141,17 @@ def _last(node: Any) -> bool:
     after = _users(node)
     after += [user for n in after if n.get_type_name() == "Add" for user in _users(n)]
     return any(n.get_type_name() == "Result" for n in after)
+
+
+def _cheap(model: Any) -> set[str]:
+    """Names of the convolutions that round most for their products."""
+    kernels = {
+        node.friendly_name: list(node.input_value(1).partial_shape.to_shape())[2:]
+        for node in model.get_ordered_ops()
+        if node.get_type_name() == "Convolution"
+    }
+    wide = [name for name, kernel in kernels.items() if kernel != [1, 1]]
+    return kernels.keys() - set(wide[1:])
 
 
 def _users(node: Any) -> list[Any]:

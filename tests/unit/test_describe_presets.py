@@ -43,6 +43,8 @@ def test_the_presets_that_ship_beat_plain_fewer_steps():
     assert measured is not None
     assert measured["prompts"] == 64
     rows = {row["preset"]: row for row in measured["rows"]}
+    assert rows["exact"]["psnr_median"] >= 38.0
+    assert rows["exact"]["psnr_worst"] >= 30.0
     assert rows["high"]["psnr_median"] >= 30.0
     assert rows["high"]["psnr_worst"] >= 23.9, "24 is asked"
     assert rows["high"]["ssim_median"] >= 0.95

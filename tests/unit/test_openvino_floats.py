@@ -38,7 +38,7 @@ def test_the_time_is_not_rounded_and_the_rest_is_closer(unet, monkeypatch):
     """In bfloat16 999 is 1000, and the angle of the fastest wave is off by radians."""
     feeds = feeds_of(unet.graphs["shallow0"], np.random.default_rng(5))
     exact, kept = opened(unet, "f32"), opened(unet, "bf16")
-    monkeypatch.setattr(openvino_floats, "keep_float32", lambda core, model, also: 0)
+    monkeypatch.setattr(openvino_floats, "keep_float32", lambda *_, **__: 0)
     plain = opened(unet, "bf16")
 
     def at(run, time):
@@ -65,3 +65,23 @@ def test_only_a_step_is_marked(unet):
         if "DisablePrecisionConversion_0" in n.get_rt_info().keys()
     ]
     assert [n for n in marked if "emb" not in n] == ["out.2/Conv/WithoutBiases"]
+
+
+def test_convolutions_of_a_network_without_int8(unet):
+    """The one that reads the picture, those on skips and the last; not one more."""
+    core, graph = library().Core(), unet.graphs["full"]
+
+    def marked(**how):
+        model = core.read_model(graph.path)
+        openvino_floats.keep_float32(core, model, **how)
+        nodes = [n for n in model.get_ordered_ops() if n.get_type_name() == "Convolution"]
+        mark = "DisablePrecisionConversion"
+        return [n.get_friendly_name() for n in nodes if any(mark in k for k in n.get_rt_info())]
+
+    (last,) = marked()
+    names = marked(convolutions=True)
+    first, still_last = [n for n in names if "skip_connection" not in n]
+    assert still_last == last
+    assert first.startswith("input_blocks.0.0")
+    skips = [n for n in names if "skip_connection" in n]
+    assert {n.split(".")[1] for n in skips if n.startswith("output")} == {str(k) for k in range(12)}
