@@ -37,7 +37,8 @@ class Worker:
                 stderr=self._log,
                 text=True,
                 env={**os.environ, **({} if env is None else env)},
-                start_new_session=True,  # Ctrl-C is for us: we end it, when the results are saved
+                # Ctrl-C is for us: we end it, when the results are saved; and its children with it
+                start_new_session=True,
             )
         except OSError as error:
             self._log.close()
@@ -88,15 +89,22 @@ class Worker:
         return f"it said: {lines[-1]}" if lines else "it said nothing"
 
     def pause(self) -> None:
-        """Hold all its threads, so that none spins while another worker is measured."""
-        os.kill(self._process.pid, signal.SIGSTOP)
+        """Hold its threads and children, so that none spins while another worker is measured."""
+        self._signal(signal.SIGSTOP)
 
     def resume(self) -> None:
-        os.kill(self._process.pid, signal.SIGCONT)
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, number: signal.Signals) -> None:
+        """To it and to what it started: compilers, a program that it drives."""
+        os.killpg(self._process.pid, number)
 
     def close(self) -> None:
-        """End it, paused or not; twice does no harm."""
-        self._process.kill()
+        """End it and what it started, paused or not; twice does no harm."""
+        if self._log.closed:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            self._signal(signal.SIGKILL)
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout):
             assert stream is not None

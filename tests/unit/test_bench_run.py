@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -129,6 +130,39 @@ def test_a_worker_that_never_answers_is_ended():
             worker.ask("run", timeout=0.2, request={})
     assert "more time" in caught.value.hint
     assert worker._process.poll() is not None
+
+
+BREEDER = """
+import json, subprocess, sys
+child = subprocess.Popen([sys.executable, "-c",
+    "import itertools, pathlib, sys, time\\n"
+    "for k in itertools.count(): pathlib.Path(sys.argv[1]).write_text(str(k)); time.sleep(0.02)",
+    sys.argv[1]])
+for line in sys.stdin:
+    print(json.dumps({"ok": True}), flush=True)
+"""
+
+
+def test_what_a_worker_started_pauses_and_ends_with_it(tmp_path):
+    """Compilers of a peer that ran into its limit would slow down whoever is measured next."""
+    pulse = tmp_path / "pulse"
+
+    def beats(seconds=20.0):
+        before, end = pulse.read_text(), time.monotonic() + seconds
+        while time.monotonic() < end and pulse.read_text() == before:
+            time.sleep(0.02)
+        return pulse.read_text() != before
+
+    with Worker([sys.executable, "-c", BREEDER, str(pulse)]) as worker:
+        worker.ask("load")
+        while not pulse.exists():
+            time.sleep(0.02)
+        assert beats()
+        worker.pause()
+        assert not beats(0.5)
+        worker.resume()
+        assert beats()
+    assert not beats(0.5)
 
 
 def test_a_worker_that_is_not_there():
