@@ -17,16 +17,15 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime as ort
 
-from ..backends.openvino import library
+from ..backends import openvino
 from ..backends.plans import typed
 from ..engine.bundle import Bundle
 from ..engine.errors import MissingPart, RequestError, UnknownName
 from ..engine.ports import Array, Floats
 from ..engine.spec import Component, Graph, Precision
 from .graph.emulate import emulated
-from .targets.tensorrt import ERRORS_ONLY, FOLDER
+from .targets.tensorrt import ERRORS_ONLY, FOLDER, library
 
 LOT = 256  # values that are held of one run: the graph runs once for each lot
 WORST = 12  # values that are shown
@@ -219,6 +218,7 @@ def _run_ort(model: ir.Model, path: Path, values: Sequence[str], feeds: Feeds) -
     for name in values:
         if name not in have:
             proto.graph.output.add().name = name
+    ort = library()
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = ERRORS_ONLY
@@ -230,7 +230,7 @@ def _run_ort(model: ir.Model, path: Path, values: Sequence[str], feeds: Feeds) -
 
 
 def _run_openvino(way: Way, graph: Graph, values: Sequence[str], feeds: Feeds) -> dict[str, Array]:
-    core: Any = library().Core()
+    core: Any = openvino.library().Core()
     model = core.read_model(graph.path)
     own = {name for port in model.outputs for name in port.names}
     model.add_outputs([v for v in values if v not in own])

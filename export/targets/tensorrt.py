@@ -8,12 +8,12 @@ from __future__ import annotations
 from typing import Any
 
 import onnx_ir as ir
-import onnxruntime as ort
 
 from ...backends import machine
 from ...backends.base import agree
 from ...backends.onnxruntime import OnnxGraph, OnnxRuntime
 from ...backends.plans import TRT
+from ...engine.errors import MissingExtra
 from ...engine.ports import Probe
 from ...engine.spec import Component, Graph, Precision, Profile
 from ..graph.emulate import emulated
@@ -22,6 +22,16 @@ from . import Recipe, nothing
 PRECISIONS: tuple[Precision, ...] = ("f16", "bf16", "int8", "fp8")
 FOLDER = "session.model_external_initializers_file_folder_path"
 ERRORS_ONLY = 3
+
+
+def library() -> Any:
+    """The onnxruntime module, which exporting for other targets does without. MissingExtra."""
+    here = OnnxRuntime().probe()
+    if not here.ok:
+        raise MissingExtra(here.reason, hint=here.mend)
+    import onnxruntime
+
+    return onnxruntime
 
 
 class Emulated(OnnxRuntime):
@@ -40,6 +50,7 @@ class Emulated(OnnxRuntime):
 
 def open_session(model: bytes, component: Component, graph: Graph, profile: Profile) -> Any:
     """A session of a graph in memory whose weights lie beside `graph`."""
+    ort = library()
     options = ort.SessionOptions()
     threads = machine.threads() if profile.threads is None else profile.threads
     options.intra_op_num_threads = threads

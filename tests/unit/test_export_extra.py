@@ -27,6 +27,28 @@ def test_importing_the_package_imports_no_torch():
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
+WITHOUT_ONNXRUNTIME = """
+import importlib.util, sys
+sys.modules["onnxruntime"] = None  # what Python takes as "not there"
+from sdengine import export
+from sdengine.engine.errors import MissingExtra
+for name in export._HOMES:
+    getattr(export, name)
+from sdengine.export.targets.tensorrt import Emulated, library
+assert not Emulated().probe().ok
+try:
+    library()
+except MissingExtra as error:
+    print(error.message, error.hint, sep="; ")
+"""
+
+
+def test_exporting_does_without_onnxruntime_which_the_extra_does_not_have():
+    command = [sys.executable, "-c", WITHOUT_ONNXRUNTIME]
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert said == "the package onnxruntime is not installed; pip install 'onnxruntime>=1.22'\n"
+
+
 def test_unknown_attribute():
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         _ = export.nothing
