@@ -3,6 +3,8 @@
 It ended with version 2.8, which fits torch 2.8 alone: an environment of its own holds both
 (`pip install '.[ipex]'`). Weights are packed for the processor once, and each graph becomes
 TorchScript for the shapes of its first call, as in the reference's recipe (--ipex --torchscript).
+Small networks are frozen, which packs weights for each script; large ones, where that gains
+nothing and takes gigabytes that are not given back, are not (bench/results/README.md).
 
 source      Stability-AI/stablediffusion, scripts/txt2img.py, the branches of --ipex, --torchscript
 checked by  tests/contract/test_backends.py in that environment (CI_IPEX=1 .ci/run),
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]
+FROZEN = 1 << 30  # bytes of weights; a UNet of Stable Diffusion 2 has 1.7e9 in bfloat16
 MEND = "in an environment of its own, beside torch 2.8: pip install '.[ipex]'"
 
 
@@ -93,8 +96,9 @@ def _script(
         found = torch.jit.trace(  # type: ignore[no-untyped-call]
             Positional().eval(), tuple(feeds.values()), check_trace=False
         )
-        frozen: Callable[..., tuple[Tensor, ...]] = torch.jit.freeze(found)
+        small = sum(p.nbytes for p in network.parameters()) < FROZEN
+        script: Callable[..., tuple[Tensor, ...]] = torch.jit.freeze(found) if small else found
         # The first run only watches; the second fuses, and gives other last bits. One seed must be
         # one picture, so the run that watches is not the caller's.
-        frozen(*feeds.values())
-    return frozen
+        script(*feeds.values())
+    return script

@@ -8,6 +8,7 @@ import types
 import numpy as np
 import pytest
 
+from sdengine.backends import ipex as ipex_backend
 from sdengine.backends.ipex import Ipex
 from sdengine.backends.torch import Torch, plain_answer
 from sdengine.engine.errors import BackendUnavailable
@@ -136,3 +137,17 @@ def test_ipex_traces_once_for_each_shape(ipex, monkeypatch):
         with torch.inference_mode():
             assert answer(x=x)["y"].tolist() == plain(x=x)["y"].tolist()
         assert len(traced) == count
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")
+@pytest.mark.parametrize(("limit", "times"), [(1 << 20, 1), (8, 0)])
+def test_ipex_freezes_small_networks(limit, times, ipex, monkeypatch):
+    frozen = []
+    freeze = torch.jit.freeze
+    monkeypatch.setattr(torch.jit, "freeze", lambda found: frozen.append(found) or freeze(found))
+    monkeypatch.setattr(ipex_backend, "FROZEN", limit)
+    module = Double()
+    module.weight = torch.nn.Parameter(torch.ones(2))
+    with torch.inference_mode():
+        assert Ipex().answer(module, GRAPH)(x=torch.ones(2))["y"].tolist() == [2, 2]
+    assert len(frozen) == times
