@@ -353,7 +353,7 @@ def run(
     if launch is not None:
         from .backends.launch import again
 
-        for line in again(launch):
+        for line in again(launch, backend):
             _say(f"launch: {line}")
     asked = _given(
         prompt=prompt,

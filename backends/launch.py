@@ -2,8 +2,9 @@
 process starts. `again` sets what it finds, and starts the same command once more.
 
 An allocator that keeps its pages, Intel's OpenMP, and memory on the node of the threads. Each only
-where it is installed, and none of it where the user has set it. OpenVINO brings an allocator and
-threads of its own and hardly gains; torch, IPEX and ONNX Runtime do.
+where it is installed, and none of it where the user has set it. torch, IPEX and ONNX Runtime gain.
+OpenVINO 2026.4 ends with "free(): invalid pointer" under another allocator, tcmalloc and jemalloc
+both, when it compiles; so it is set for a backend that is asked for by name.
 
 source      Stability-AI/stablediffusion, README, "Intel CPU": numactl, libjemalloc, intel-openmp,
             MALLOC_CONF; tcmalloc is what Intel's launcher prefers where both are there
@@ -23,6 +24,7 @@ from ..engine.errors import UnknownName
 from . import machine
 
 NAMES = ("intel",)
+TAKING = ("torch", "ipex", "onnxruntime")  # backends that run on another allocator
 DONE = "SDENGINE_LAUNCHED"
 # Pages stay with the process: each step asks for the same sizes again.
 MALLOC_CONF = (
@@ -44,9 +46,10 @@ class Launch:
     said: tuple[str, ...]
 
 
-def again(name: str) -> list[str]:
+def again(name: str, backend: str | None = None) -> list[str]:
     """Start this command once more with all of it set; this process ends there.
 
+    backend  the one asked for; None: whichever is chosen
     returns  lines for the user, when there is nothing (more) to set
     raises   UnknownName
     """
@@ -54,7 +57,7 @@ def again(name: str) -> list[str]:
         raise UnknownName("launch", name, NAMES)
     if os.environ.get(DONE) == name:
         return []
-    found = intel(os.environ, Path("/"), Path(sys.prefix), machine.plan())
+    found = intel(os.environ, Path("/"), Path(sys.prefix), machine.plan(), backend)
     if not found.env and not found.prefix:
         return list(found.said)
     for line in found.said:
@@ -64,7 +67,13 @@ def again(name: str) -> list[str]:
     os.execvpe(command[0], command, {**os.environ, **found.env, DONE: name})
 
 
-def intel(env: Mapping[str, str], root: Path, prefix: Path, plan: machine.Plan) -> Launch:
+def intel(
+    env: Mapping[str, str],
+    root: Path,
+    prefix: Path,
+    plan: machine.Plan,
+    backend: str | None,
+) -> Launch:
     """What is there to set. `root` and `prefix`: of the system and of this Python."""
     places = [prefix / "lib", *(root / folder for folder in FOLDERS)]
     made: dict[str, str] = {}
@@ -73,6 +82,8 @@ def intel(env: Mapping[str, str], root: Path, prefix: Path, plan: machine.Plan) 
     allocator = _library(places, ("libtcmalloc.so*", "libtcmalloc_minimal.so*", "libjemalloc.so*"))
     if "malloc" in env.get("LD_PRELOAD", ""):
         said.append("LD_PRELOAD has an allocator already")
+    elif backend not in TAKING:
+        said.append(f"no allocator, which OpenVINO breaks on: --backend {' or '.join(TAKING)}")
     elif allocator is None:
         said.append("no tcmalloc or jemalloc: apt-get install libjemalloc2")
     else:

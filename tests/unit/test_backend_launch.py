@@ -32,7 +32,7 @@ def system(tmp_path):
 
 
 def test_nothing_is_there(system):
-    found = launch.intel({"PATH": "", "OMP_NUM_THREADS": "2"}, *system(), TWO_NODES)
+    found = launch.intel({"PATH": "", "OMP_NUM_THREADS": "2"}, *system(), TWO_NODES, "torch")
     assert (found.env, found.prefix) == ({}, ())
     assert [line for line in found.said if "install" in line] == [
         "no tcmalloc or jemalloc: apt-get install libjemalloc2",
@@ -45,7 +45,7 @@ def test_all_of_it_is_there(system):
     root, prefix = system(
         "usr/lib/x86_64-linux-gnu/libjemalloc.so.2", "venv/lib/libiomp5.so", "bin/numactl"
     )
-    found = launch.intel({"PATH": str(root / "bin")}, root, prefix, TWO_NODES)
+    found = launch.intel({"PATH": str(root / "bin")}, root, prefix, TWO_NODES, "torch")
     assert found.env == {
         "LD_PRELOAD": f"{root}/usr/lib/x86_64-linux-gnu/libjemalloc.so.2:{prefix}/lib/libiomp5.so",
         # the reference's README, "Intel CPU"
@@ -61,7 +61,7 @@ def test_all_of_it_is_there(system):
 
 def test_one_node_needs_no_numactl(system):
     root, prefix = system("bin/numactl")
-    found = launch.intel({"PATH": str(root / "bin")}, root, prefix, ONE_NODE)
+    found = launch.intel({"PATH": str(root / "bin")}, root, prefix, ONE_NODE, "torch")
     assert found.prefix == ()
     assert not any("numactl" in line for line in found.said)
 
@@ -69,7 +69,7 @@ def test_one_node_needs_no_numactl(system):
 def test_tcmalloc_goes_first_and_takes_no_settings_of_jemalloc(system):
     files = ("usr/lib/libjemalloc.so", "usr/lib64/libtcmalloc.so.4", "usr/lib64/libtcmalloc.so")
     root, prefix = system(*files)
-    found = launch.intel({}, root, prefix, ONE_NODE)
+    found = launch.intel({}, root, prefix, ONE_NODE, "torch")
     assert found.env["LD_PRELOAD"] == f"{root}/usr/lib64/libtcmalloc.so"
     assert "MALLOC_CONF" not in found.env
 
@@ -77,7 +77,7 @@ def test_tcmalloc_goes_first_and_takes_no_settings_of_jemalloc(system):
 def test_what_the_user_has_set_stays(system):
     root, prefix = system("usr/lib/libjemalloc.so", "venv/lib/libiomp5.so")
     given = {"LD_PRELOAD": "/opt/libtcmalloc.so", "OMP_NUM_THREADS": "7", "KMP_BLOCKTIME": "0"}
-    found = launch.intel(given, root, prefix, ONE_NODE)
+    found = launch.intel(given, root, prefix, ONE_NODE, "torch")
     assert found.env == {
         "LD_PRELOAD": f"{prefix}/lib/libiomp5.so:/opt/libtcmalloc.so",
         "KMP_AFFINITY": "granularity=fine,compact,1,0",
@@ -116,3 +116,13 @@ def test_the_same_command_starts_once_more(tmp_path):
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
     assert done.stdout == "5 1 ['a b', 'c']\n"
     assert done.stderr == "launch: five\n"
+
+
+@pytest.mark.parametrize("backend", [None, "openvino"])
+def test_openvino_keeps_its_allocator(backend, system):
+    """It ends with "free(): invalid pointer" under another."""
+    root, prefix = system("usr/lib/libtcmalloc.so", "venv/lib/libiomp5.so")
+    found = launch.intel({}, root, prefix, ONE_NODE, backend)
+    assert found.env["LD_PRELOAD"] == f"{prefix}/lib/libiomp5.so"
+    assert "no allocator" in found.said[0]
+    assert "--backend torch or ipex or onnxruntime" in found.said[0]
