@@ -60,5 +60,5 @@ class Rewrites:
             if self.half and floats.of_a_step(model):
                 made = layout.rearrange(model, self.int8)
         if self.half:
-            only = self.processor and not self.int8
-            floats.keep_float32(core, model, made, convolutions=only)
+            convolutions = self.processor and not self.int8
+            floats.keep_float32(core, model, made, convolutions=convolutions)

@@ -148,6 +148,7 @@ def test_what_a_worker_started_pauses_and_ends_with_it(tmp_path):
     pulse = tmp_path / "pulse"
 
     def beats(seconds=20.0):
+        time.sleep(0.1)  # a signal finds it in the middle of a write
         before, end = pulse.read_text(), time.monotonic() + seconds
         while time.monotonic() < end and pulse.read_text() == before:
             time.sleep(0.02)

@@ -28,7 +28,7 @@ def test_importing_the_package_imports_no_torch():
 
 
 WITHOUT_ONNXRUNTIME = """
-import importlib.util, sys
+import sys
 sys.modules["onnxruntime"] = None  # what Python takes as "not there"
 from sdengine import export
 from sdengine.engine.errors import MissingExtra
